@@ -1,0 +1,1 @@
+"""The core: torch and transformers, no orchestrator. Molmo-style vision-language models, their data, training and evaluation."""

@@ -1,0 +1,523 @@
+"""`params.yaml` as dataclasses: the only place where a hyperparameter lives.
+
+`load_params()` reads the file, migrates old versions, applies `key=value` overrides and refuses what is unknown,
+missing, of the wrong type or contradictory, by name. Nothing here imports torch: the transformers configuration of
+the model is built from these dataclasses in `molmo_model.nn`.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from molmo_model.errors import ConfigError
+
+PARAMS_VERSION = 2
+"""The version that this code reads; older files are migrated by `migrate()`, newer ones are refused."""
+
+
+class CropMode(StrEnum):
+    """How an image becomes crops (SEMANTICS of the Molmo image preprocessor)."""
+
+    resize = "resize"
+    """One crop: the whole image squashed or letterboxed to the encoder's input size."""
+    overlap_and_resize = "overlap_and_resize"
+    """High-resolution overlapping crops only."""
+    overlap_and_resize_c2 = "overlap_and_resize_c2"
+    """One global low-resolution crop first, then the overlapping high-resolution crops."""
+
+
+class Pooling(StrEnum):
+    """How the patches of one pooling window become one image token."""
+
+    attention_meanq = "attention_meanq"
+    """Multi-head attention whose one query is the mean of the window."""
+
+
+class Projector(StrEnum):
+    """How a pooled feature becomes a vector of the language model's width."""
+
+    mlp = "mlp"
+    """SwiGLU without biases: `w2(silu(w1 x) * w3 x)`."""
+
+
+class Precision(StrEnum):
+    """Compute precision; parameters and optimizer state stay in fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class ActivationCheckpointing(StrEnum):
+    """Which transformer blocks recompute their activations in the backward pass."""
+
+    none = "none"
+    full = "full"
+
+
+class PointFormat(StrEnum):
+    """How points are written in text; see `preprocessing/points.py`."""
+
+    molmo_v1 = "molmo_v1"
+    """`<point x="10.5" y="20.0" alt="a">a</point>`, percent of the image with one decimal."""
+
+
+@dataclass
+class DatasetConfig:
+    """One dataset: where its examples come from and how many become shards."""
+
+    family: str = MISSING
+    """A name of the table in `molmo_model.data.datasets`; `chat` reads your own JSONL or Parquet file."""
+    path: str | None = None
+    """File of a `chat` dataset (`.jsonl` or `.parquet`); local path or URL."""
+    image_root: str | None = None
+    """Folder that relative image paths start from; default: the folder of `path`."""
+    train_examples: int | None = None
+    """Number of training examples to make (built-in families); None means all there are."""
+    eval_examples: int | None = None
+    """Number of evaluation examples to make (built-in families); None means all there are."""
+    eval_fraction: float = 0.1
+    """Share of a `chat` file's examples that is held out for evaluation, chosen by a hash of the images."""
+    tolerance: float = 0.0
+    """Largest share of bad rows that is skipped and listed; one more and the stage fails."""
+    max_image_pixels: int = 50_000_000
+    """Images of more pixels are refused before they are decoded."""
+    shard_bytes: int = 64_000_000
+    """A tar shard is closed once it holds this many bytes."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the family; checked against the family's own dataclass."""
+
+
+@dataclass
+class VisionConfig:
+    """The vision encoder. Sizes left at None take the family's defaults or those of `pretrained`."""
+
+    encoder: str = MISSING
+    """A name of the table in `molmo_model.nn.vision_encoder`, such as `siglip` or `clip`."""
+    pretrained: str | None = None
+    """Hub id or folder of a transformers vision model; None builds it from the sizes below."""
+    image_size: int | None = None
+    """Pixels per side of one square crop, a multiple of `patch_size`."""
+    patch_size: int | None = None
+    """Pixels per side of one patch."""
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_layers: int | None = None
+    """Layers of the full encoder; negative `feature_layers` count from here, and unused last ones are not built."""
+    num_heads: int | None = None
+    feature_layers: list[int] = field(default_factory=lambda: [-2, -9])
+    """Blocks whose outputs are concatenated on the channel, in this order; 0-based, negative from the end."""
+
+
+@dataclass
+class ConnectorConfig:
+    """From patch features to image tokens."""
+
+    pooling: Pooling = Pooling.attention_meanq
+    pooling_size: list[int] = field(default_factory=lambda: [2, 2])
+    """Height and width, in patches, of one pooling window on the stitched grid."""
+    num_heads: int = 4
+    """Attention heads of the pooling."""
+    pooling_attention_mask: bool = True
+    """True: holes of a window take no part in the mean and the attention. False: they count as zero vectors."""
+    window_position_embedding: bool = False
+    """Adds a learned vector per place in the window before pooling. Not in Molmo; speeds up training from scratch."""
+    projector: Projector = Projector.mlp
+    projector_hidden_size: int | None = None
+    """Hidden width of the projector; None is half of the language model's MLP width, as in Molmo."""
+
+
+@dataclass
+class LanguageConfig:
+    """The language model. Sizes left at None take those of `pretrained`."""
+
+    family: str = MISSING
+    """A name of the table in `molmo_model.nn.language_model`, such as `qwen2`."""
+    pretrained: str | None = None
+    """Hub id or folder of a transformers causal language model; None builds it from the sizes below."""
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    extra_vocab_size: int = 16
+    """Rows of the extra embedding for image tokens; ids begin exactly at the language model's embedding size."""
+    bidirectional_images: bool = True
+    """Tokens of one image see each other in both directions."""
+
+
+@dataclass
+class PreprocessingConfig:
+    """From an example to tokens and crops; saved inside every checkpoint as `molmo_preprocessor.json`."""
+
+    crop_mode: CropMode = CropMode.overlap_and_resize_c2
+    max_crops: int = 12
+    """Most high-resolution crops of one image; the global crop comes on top."""
+    overlap_margins: list[int] = field(default_factory=lambda: [4, 4])
+    """Patches that a crop overlaps its neighbour by, on the left/top and on the right/bottom."""
+    max_images: int = 8
+    """Images of one example beyond this number are refused."""
+    point_format: PointFormat = PointFormat.molmo_v1
+    system_prompt: str = "none"
+    """`none`, or `style`: the prompt begins with the style's name, as in `point_count: ...`."""
+
+
+@dataclass
+class ModelConfig:
+    """One model that runs can start from; assembled once by `pipelines.assemble`."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    tokenizer: str = MISSING
+    """Hub id or folder with `tokenizer.json`."""
+
+
+@dataclass
+class MixtureEntry:
+    """One source of a mixture: some styles of one dataset."""
+
+    dataset: str = MISSING
+    """A name under `datasets:`."""
+    rate: float = 1.0
+    """Share of examples drawn from this entry, relative to the sum of all rates."""
+    styles: list[str] = field(default_factory=list)
+    """Conversations of these styles are kept; empty keeps all."""
+    max_conversations: int | None = None
+    """At most this many conversations of one example, drawn by the example's own generator; None keeps all."""
+    size: float | None = None
+    """Reserved size of the root-size rule: None is the number of examples, <= 1 a share of it, > 1 a number."""
+
+
+@dataclass
+class ComponentOptim:
+    """Optimizer settings of one component: `vision`, `connector` or `language`."""
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    """Steps of linear warm-up from zero."""
+    max_grad_norm: float = 1.0
+    """Gradients of this component are clipped to this L2 norm, apart from the others."""
+    freeze: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with its own learning rate, warm-up and clipping per component, and a cosine to `final_ratio`."""
+
+    vision: ComponentOptim = field(default_factory=lambda: ComponentOptim(learning_rate=6e-6, warmup_steps=2000))
+    connector: ComponentOptim = field(default_factory=lambda: ComponentOptim(learning_rate=2e-4, warmup_steps=200))
+    language: ComponentOptim = field(default_factory=lambda: ComponentOptim(learning_rate=2e-5, warmup_steps=2000))
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-6
+    final_ratio: float = 0.1
+    """Learning rate at the last step, relative to its peak."""
+
+
+@dataclass
+class TrainConfig:
+    """How one run trains. Packs per step, not ranks, decide the batch, so any number of ranks sees the same data."""
+
+    steps: int = MISSING
+    """Optimizer steps."""
+    packs_per_step: int = MISSING
+    """Packs of one global batch; the ranks share them."""
+    packs_per_microbatch: int = 1
+    """Packs that one rank computes at once; the rest is accumulated, exactly as in one large batch."""
+    sequence_length: int = MISSING
+    """Tokens of one pack."""
+    crops_per_pack: int = MISSING
+    """Most image crops of one pack."""
+    packing_window: int = 256
+    """Examples of the global stream that are packed together."""
+    save_every: int = MISSING
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int | None = None
+    """Keep the newest N checkpoints besides those named in `eval.checkpoints`; None keeps all."""
+    processes: int = 2
+    """Ranks that torchrun starts on this machine; part of the run's identity, because sums of floats depend on it."""
+    threads: int = 1
+    """Threads of torch in each rank; part of the run's identity for the same reason."""
+    precision: Precision = Precision.fp32
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    deterministic: bool = True
+    z_loss: float = 0.0
+    """Factor of the squared log-partition term, 1e-4 in Molmo; 0 is off."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class RunConfig:
+    """A named training."""
+
+    model: str = MISSING
+    """A name under `models:`."""
+    init: str = MISSING
+    """Where the weights come from: the name of a model (its assembled weights) or of another run (its last step)."""
+    mixture: dict[str, MixtureEntry] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class TaskConfig:
+    """One evaluation task; a name of the table in `molmo_model.eval.tasks` or a task of your own."""
+
+    dataset: str = MISSING
+    styles: list[str] = field(default_factory=list)
+    """Conversations of these styles are asked; empty asks all."""
+    metric: str = MISSING
+    """A name of the table in `molmo_model.eval.metrics`."""
+    split: str = "eval"
+    max_new_tokens: int = 32
+    max_examples: int | None = None
+    """Ask the first N conversations (in id order of the index); None asks all."""
+
+
+@dataclass
+class EvalConfig:
+    """Which checkpoints are evaluated, and how the report shows them."""
+
+    checkpoints: list[str] = field(default_factory=list)
+    """`<run>/step-<six digits>` each; the grid that `dvc repro` computes and the report compares."""
+    precision: Precision = Precision.fp32
+    report_examples: int = 24
+    """Example cards per task in the report."""
+    confidence: float = 0.95
+
+
+@dataclass
+class RuntimeConfig:
+    """What does not change any result: never part of an artefact's identity."""
+
+    eval_batch_size: int = 64
+    loader_workers: int = 0
+    log_every: int = 10
+    """Training steps between two lines of the log."""
+
+
+@dataclass
+class Params:
+    """All of `params.yaml`."""
+
+    version: int = PARAMS_VERSION
+    seed: int = 0
+    datasets: dict[str, DatasetConfig] = field(default_factory=dict)
+    models: dict[str, ModelConfig] = field(default_factory=dict)
+    runs: dict[str, RunConfig] = field(default_factory=dict)
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+def migrate(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """Brings a parsed params file of any older version to `PARAMS_VERSION`.
+
+    Version 1 had one `train:` section for a single run and a list of `mixture` weights by dataset name; version 2
+    has named `runs`.
+
+    Raises:
+        ConfigError: the version is missing, not an integer, or newer than this code.
+    """
+    version = raw.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ConfigError(f"{source}: version is {version!r}; write `version: {PARAMS_VERSION}` as its first line")
+    if version > PARAMS_VERSION:
+        raise ConfigError(
+            f"{source}: version {version} is newer than {PARAMS_VERSION}, the newest that this code reads; update the code"
+        )
+    raw = dict(raw)
+    if version == 1:
+        if "runs" in raw:
+            raise ConfigError(f"{source}: version 1 has no `runs`; write `version: 2`")
+        models = raw.get("models") or {}
+        if len(models) != 1:
+            raise ConfigError(f"{source}: version 1 has exactly one model, this file has {len(models)}")
+        (model,) = models
+        weights = raw.pop("mixture", {})
+        mixture = {name: {"dataset": name, "rate": rate} for name, rate in weights.items()}
+        raw["runs"] = {"train": {"model": model, "init": model, "mixture": mixture, "train": raw.pop("train", {})}}
+    raw["version"] = PARAMS_VERSION
+    return raw
+
+
+def load_params(path: str | Path = "params.yaml", overrides: Iterable[str] = ()) -> Params:
+    """Reads, migrates, overrides and checks the params.
+
+    Args:
+        path: the YAML file.
+        overrides: `a.b.c=value` each, values read as YAML; the key must exist, as in the file.
+
+    Raises:
+        ConfigError: naming the file and the key, for whatever is unknown, missing, of a wrong type or contradictory.
+    """
+    source = str(path)
+    try:
+        raw = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{source} does not exist; run from the folder that holds it") from error
+    except Exception as error:  # YAML scanner errors have no common base with OmegaConf's
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} holds a {type(raw).__name__}; it must be a mapping")
+    return params_from_dict(migrate({str(k): v for k, v in raw.items()}, source), source, overrides)
+
+
+def params_from_dict(raw: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> Params:
+    """The checked `Params` of a parsed file of the current version; see `load_params`."""
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(Params), OmegaConf.create(dict(raw)))
+        for override in overrides:
+            key, separator, _ = override.partition("=")
+            if not separator:
+                raise ConfigError(f"override {override!r} has no '='; write key=value")
+            _require_key(config, key)
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+        params = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, source)) from error
+    assert isinstance(params, Params)
+    _check(params, source)
+    return params
+
+
+def to_dict(config: Any) -> Any:
+    """A dataclass of this module as plain JSON values; enums by their value."""
+    return _plain(OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def pick(params: Params, paths: Iterable[str]) -> dict[str, Any]:
+    """The parts of the params at dotted `paths`, as plain values by path: what an artefact depends on.
+
+    Raises:
+        ConfigError: a path names nothing.
+    """
+    container = to_dict(params)
+    picked = {}
+    for path in paths:
+        value: Any = container
+        for part in path.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise ConfigError(f"params have no {path!r}; {_suggest(part, value)}")
+            value = value[part]
+        picked[path] = value
+    return picked
+
+
+def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """`table[name]`, or a `ConfigError` that lists the right names."""
+    if name not in table:
+        raise ConfigError(f"unknown {what} {name!r}; {_suggest(name, table)}")
+    return table[name]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _suggest(name: str, table: Any) -> str:
+    names = sorted(map(str, table)) if isinstance(table, Mapping) else []
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names) or 'none'}"
+
+
+def _require_key(config: DictConfig, key: str) -> None:
+    """Refuses an override of a key that the params do not have: a typing error must not become a new entry."""
+    node: Any = config
+    for depth, part in enumerate(key.split(".")):
+        if not OmegaConf.is_dict(node) or part not in node:
+            where = ".".join(key.split(".")[:depth]) or "params"
+            names = node.keys() if OmegaConf.is_dict(node) else []
+            raise ConfigError(f"override {key!r}: {where} has no {part!r}; {_suggest(part, dict.fromkeys(names))}")
+        node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
+
+
+def _explain(error: OmegaConfBaseException, source: str) -> str:
+    key = getattr(error, "full_key", None) or getattr(error, "key", None) or "params"
+    message = str(getattr(error, "msg", None) or error).splitlines()[0]
+    if "Missing mandatory value" in message or "MISSING" in message:
+        message = "is required and has no default"
+    return f"{source}: {key}: {message}"
+
+
+def _check(params: Params, source: str) -> None:
+    """Contradictions that types cannot see."""
+
+    def refuse(key: str, message: str) -> None:
+        raise ConfigError(f"{source}: {key}: {message}")
+
+    for shared in sorted(set(params.models) & set(params.runs)):
+        refuse(f"runs.{shared}", "is also the name of a model; rename one, `init` must mean one thing")
+    for name, dataset in params.datasets.items():
+        if not 0 <= dataset.tolerance < 1:
+            refuse(f"datasets.{name}.tolerance", f"is {dataset.tolerance}; it must lie in [0, 1)")
+        if not 0 <= dataset.eval_fraction < 1:
+            refuse(f"datasets.{name}.eval_fraction", f"is {dataset.eval_fraction}; it must lie in [0, 1)")
+    for name, run in params.runs.items():
+        key = f"runs.{name}"
+        lookup(params.models, run.model, f"model of {key}.model")
+        lookup({**params.models, **params.runs}, run.init, f"model or run of {key}.init")
+        if not run.mixture:
+            refuse(f"{key}.mixture", "is empty; name at least one dataset")
+        for entry_name, entry in run.mixture.items():
+            lookup(params.datasets, entry.dataset, f"dataset of {key}.mixture.{entry_name}.dataset")
+            if not entry.rate > 0:
+                refuse(f"{key}.mixture.{entry_name}.rate", f"is {entry.rate}; it must be above 0, or leave the entry out")
+        train = run.train
+        for field_name in ("steps", "packs_per_step", "packs_per_microbatch", "sequence_length", "save_every", "processes"):
+            if getattr(train, field_name) < 1:
+                refuse(f"{key}.train.{field_name}", f"is {getattr(train, field_name)}; it must be at least 1")
+        model_of(params, name)
+    for name, task in params.tasks.items():
+        lookup(params.datasets, task.dataset, f"dataset of tasks.{name}.dataset")
+    for checkpoint in params.eval.checkpoints:
+        run_name, separator, step = checkpoint.partition("/")
+        if not separator or not step.startswith("step-") or not (len(step) == 11 and step[5:].isdigit()):
+            refuse("eval.checkpoints", f"{checkpoint!r} is not of the form <run>/step-<six digits>")
+        lookup({**params.models, **params.runs}, run_name, "run of eval.checkpoints")
+        if run_name in params.runs and int(step[5:]) not in saved_steps(params.runs[run_name].train):
+            steps = saved_steps(params.runs[run_name].train)
+            refuse("eval.checkpoints", f"{checkpoint!r} is never saved; run {run_name} saves steps {steps}")
+
+
+def saved_steps(train: TrainConfig) -> list[int]:
+    """The steps at which a run writes a checkpoint: every `save_every` and the last."""
+    return sorted({*range(train.save_every, train.steps + 1, train.save_every), train.steps})
+
+
+def model_of(params: Params, run: str) -> str:
+    """The model that a run trains, checked along its chain of `init`.
+
+    Raises:
+        ConfigError: the chain has a cycle, or a run starts from one of another model.
+    """
+    seen = [run]
+    while (start := params.runs[seen[-1]].init) in params.runs:
+        if start in seen:
+            raise ConfigError(f"runs.{run}.init: {' -> '.join([*seen, start])} never reaches a model")
+        seen.append(start)
+    declared = {name: params.runs[name].model for name in seen}
+    if set(declared.values()) != {start}:
+        raise ConfigError(f"runs.{run}: starts from model {start!r}, but its chain of runs declares {declared}")
+    return start
+
+
+def checkpoint_name(run: str, step: int) -> str:
+    """`<run>/step-<six digits>`: the one name of a checkpoint, in paths, partitions and the report."""
+    return f"{run}/step-{step:06d}"

@@ -1,0 +1,1 @@
+"""Datasets, shards, mixtures, the order of data and the loader."""

@@ -1,0 +1,1 @@
+"""Two-stage evaluation: a journal of predictions, then metrics as pure functions."""

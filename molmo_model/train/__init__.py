@@ -1,0 +1,1 @@
+"""Distributed training: FSDP2, optimizers per component, exact resume, checkpoints."""

@@ -1,0 +1,249 @@
+"""What every stage shares: its identity, its state that survives a kill, and its command line.
+
+A stage module says what it reads, which params count and how to build its artefact (`Stage`). `run()` compares that
+with what lies there: equal means nothing to do. Otherwise it builds in `.state/<stage>/<identity>/out`, which DVC never
+deletes, writes the manifest last and links the result to `artifacts/`. A killed build goes on from its state; another
+identity starts afresh.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from molmo_model.artifacts import Manifest, digest_of, link_tree, path_digest, read_manifest, verify, write_manifest
+from molmo_model.errors import ArtifactError, ConfigError, MolmoError
+from molmo_model.source_digest import source_digest
+
+Key = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a stage's `build` gets: where to read, where to write, and which params it asked for."""
+
+    params: Any
+    """All `molmo_model.config.Params`; use only what the stage declares."""
+    key: dict[str, str]
+    inputs: dict[str, Path]
+    """Declared inputs by name."""
+    out: Path
+    """Directory to fill; becomes the artefact."""
+    work: Path
+    """Directory for journals and caches of this identity; survives a kill and is not part of the artefact."""
+    target: Path
+    """Where the artefact will be published."""
+    stamp: dict[str, Any]
+    """`params`, `inputs` and `code` of the manifest, for parts that are artefacts of their own."""
+
+    def publish(self, part: str) -> None:
+        """Makes one finished part of `out` (a checkpoint) visible before the whole is done."""
+        link_tree(self.out / part, self.target / part)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the flow, as data: the only description that DVC, Dagster and the house tests compare."""
+
+    name: str
+    schema: str
+    version: int
+    keys: tuple[str, ...]
+    """Names of its partition keys, such as `("run",)`."""
+    out: str
+    """Artefact directory with `{key}` places."""
+    params: tuple[str, ...]
+    """Dotted params that the artefact depends on, with `{key}` places."""
+    build: Callable[[Build], dict[str, Any]]
+    """Fills `Build.out` and returns the manifest's summary. Imports what is heavy inside."""
+    partitions: Callable[[Any], list[dict[str, str]]]
+    """All keys that the params name."""
+    inputs: Callable[[Any, Key], dict[str, str]] = field(default=lambda params, key: {})
+    """Paths of the artefacts and files that it reads, by name."""
+    more_params: Callable[[Any, Key], tuple[str, ...]] = field(default=lambda params, key: ())
+    """Further dotted params that depend on the key, such as the model of a run."""
+    fingerprints: Callable[[Any, Key], dict[str, str]] = field(default=lambda params, key: {})
+    """Digests of inputs that are no single path, such as the images of a user's file."""
+    resumable: bool = False
+    """True: `out` of a killed build is kept and the build goes on in it."""
+
+    @property
+    def module(self) -> str:
+        return f"pipelines.{self.name}"
+
+    def target(self, key: Key) -> Path:
+        return Path(self.out.format(**key))
+
+
+def stamp(stage: Stage, params: Any, key: Key) -> dict[str, Any]:
+    """What an artefact made now would be made from: `params`, `inputs` (digests) and `code`."""
+    from molmo_model.config import pick
+
+    paths = (*(path.format(**key) for path in stage.params), *stage.more_params(params, key))
+    inputs = {name: path_digest(path) for name, path in stage.inputs(params, key).items()}
+    return {
+        "params": pick(params, paths),
+        "inputs": {**inputs, **stage.fingerprints(params, key)},
+        "code": source_digest(stage.module),
+    }
+
+
+def differences(stage: Stage, params: Any, key: Key) -> list[str]:
+    """How the artefact that lies there differs from what the workspace would make; empty means up to date."""
+    try:
+        manifest = verify(stage.target(key), stage.schema)
+        return _compare(manifest, stamp(stage, params, key), stage)
+    except ArtifactError as error:
+        return [str(error)]
+
+
+def run(stage: Stage, params: Any, **key: str) -> Manifest:
+    """Brings one artefact up to date and returns its manifest; rewrites nothing when it already is.
+
+    Raises:
+        MolmoError: of the kind that the stage's work raises; the state of the build is kept.
+    """
+    key = check_key(stage, params, key)
+    target = stage.target(key)
+    with _lock(stage, key):
+        made_from = stamp(stage, params, key)
+        if (manifest := _finished(target, made_from, stage)) is not None:
+            return manifest
+        state = state_root() / stage.name / digest_of({"key": key, "version": stage.version, **made_from})[:20]
+        out, work = state / "out", state / "work"
+        manifest = _finished(out, made_from, stage)
+        if manifest is None:
+            if out.exists() and not stage.resumable:
+                shutil.rmtree(out)
+            shutil.rmtree(target, ignore_errors=True)
+            out.mkdir(parents=True, exist_ok=True)
+            work.mkdir(parents=True, exist_ok=True)
+            inputs = {name: Path(path) for name, path in stage.inputs(params, key).items()}
+            started = time.time()
+            summary = stage.build(Build(params, dict(key), inputs, out, work, target, made_from))
+            manifest = write_manifest(out, schema=stage.schema, version=stage.version, summary=summary, **made_from)
+            _log_run(stage, key, manifest, started)
+        link_tree(out, target)
+        return manifest
+
+
+def run_all(stage: Stage, params: Any, key: Key) -> list[tuple[dict[str, str], Manifest]]:
+    """Runs every partition of the params that agrees with the given part of the key."""
+    chosen = [full for full in stage.partitions(params) if all(full[name] == value for name, value in key.items())]
+    if not chosen:
+        raise ConfigError(f"{stage.name}: params name no partition with {dict(key)}; known: {stage.partitions(params)}")
+    return [(full, run(stage, params, **full)) for full in chosen]
+
+
+def check_key(stage: Stage, params: Any, key: Key) -> dict[str, str]:
+    """The key, or a `ConfigError` that lists the right ones."""
+    key = dict(key)
+    if set(key) != set(stage.keys):
+        raise ConfigError(f"{stage.name} is keyed by {', '.join(stage.keys) or 'nothing'}; got {key}")
+    if key not in stage.partitions(params):
+        known = itertools.islice(stage.partitions(params), 20)
+        raise ConfigError(f"{stage.name}: the params name no {key}; known: {list(known)}")
+    return key
+
+
+def state_root() -> Path:
+    """Where unfinished work lives: `$MOLMO_STATE_DIR` or `.state`."""
+    return Path(os.environ.get("MOLMO_STATE_DIR", ".state"))
+
+
+def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
+    """`python -m pipelines.<stage> [key=value ...]`: partition keys, `params=FILE`, and overrides of the params.
+
+    A key that is left out means all of its values. Exit codes: 0 done, 2 refused with a message, 75 stopped on request
+    with its state saved.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "-h" in argv or "--help" in argv:
+        print(usage(stage))
+        return
+    from molmo_model.config import load_params
+
+    with exit_on_error(stage.name):
+        options = dict(_option(arg) for arg in argv if _option(arg)[0] in (*stage.keys, "params"))
+        overrides = [arg for arg in argv if _option(arg)[0] not in (*stage.keys, "params")]
+        params = load_params(options.pop("params", "params.yaml"), overrides)
+        for key, manifest in run_all(stage, params, options):
+            print(f"{stage.name} {' '.join(key.values())}: {manifest.digest[:16]} in {stage.target(key)}")
+            for name, value in manifest.summary.items():
+                if not isinstance(value, dict | list):
+                    print(f"  {name}: {value}")
+
+
+def usage(stage: Stage) -> str:
+    """The help text of a stage."""
+    doc = (sys.modules["__main__"].__doc__ or "").strip()
+    keys = " ".join(f"[{key}=...]" for key in stage.keys)
+    return (
+        f"usage: python -m {stage.module} {keys} [params=params.yaml] [section.key=value ...]\n\n{doc}\n\n"
+        f"writes:  {stage.out}\nparams:  {', '.join(stage.params)}\n"
+        "A partition key that is left out means all of them. Nothing is rewritten when nothing changed."
+    )
+
+
+@contextlib.contextmanager
+def exit_on_error(name: str) -> Iterator[None]:
+    """Turns the project's own errors into one line on stderr and exit code 2; others keep their traceback."""
+    try:
+        yield
+    except MolmoError as error:
+        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _option(argument: str) -> tuple[str, str]:
+    name, _, value = argument.partition("=")
+    return name, value
+
+
+def _finished(directory: Path, made_from: Mapping[str, Any], stage: Stage) -> Manifest | None:
+    try:
+        manifest = verify(directory, stage.schema)
+    except ArtifactError:
+        return None
+    return None if _compare(manifest, made_from, stage) else manifest
+
+
+def _compare(manifest: Manifest, made_from: Mapping[str, Any], stage: Stage) -> list[str]:
+    found = []
+    if manifest.version != stage.version:
+        found.append(f"version: made with {manifest.version}, now {stage.version}")
+    for part in ("params", "inputs"):
+        old, new = getattr(manifest, part), made_from[part]
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                found.append(f"{part} {name}: made with {old.get(name)}, now {new.get(name)}")
+    if manifest.code != made_from["code"]:
+        found.append(f"code: made with {manifest.code[:16]}, now {made_from['code'][:16]}")
+    return found
+
+
+@contextlib.contextmanager
+def _lock(stage: Stage, key: Key) -> Iterator[None]:
+    """One build of one artefact at a time; a second caller waits and then finds it done. Freed by the kernel on a kill."""
+    path = state_root() / "locks" / "-".join([stage.name, *key.values()]).replace("/", "_")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _log_run(stage: Stage, key: Key, manifest: Manifest, started: float) -> None:
+    """When and how long: beside the artefacts, never inside them."""
+    line = {"stage": stage.name, "key": dict(key), "digest": manifest.digest, "started": started}
+    path = Path("logs") / "stages.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps({**line, "seconds": round(time.time() - started, 3)}) + "\n")
