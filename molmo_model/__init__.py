@@ -1,1 +1,1 @@
-"""The core: torch and transformers, no orchestrator. Molmo-style vision-language models, their data, training and evaluation."""
+"""The core: Molmo-style vision-language models, their data, training and evaluation. Knows no orchestrator."""

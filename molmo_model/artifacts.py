@@ -7,6 +7,7 @@ Nothing in it depends on when or where it was made.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -86,7 +87,9 @@ def write_text_atomic(path: str | Path, text: str) -> None:
     """Writes a file so that a reader, or a kill, sees the old content or the new, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8") as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+    ) as file:
         try:
             file.write(text)
             file.flush()
@@ -136,19 +139,27 @@ def read_manifest(directory: str | Path, schema: str | None = None) -> Manifest:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist: {directory} is unfinished or not an artefact; run its stage") from error
+        raise ArtifactError(
+            f"{path} does not exist: {directory} is unfinished or not an artefact; run its stage"
+        ) from error
     except (ValueError, OSError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); delete {directory} and run its stage again") from error
     try:
         if document["manifest_version"] != MANIFEST_VERSION:
-            raise ArtifactError(f"{path}: manifest version {document['manifest_version']}, this code reads {MANIFEST_VERSION}")
+            raise ArtifactError(
+                f"{path}: manifest version {document['manifest_version']}, this code reads {MANIFEST_VERSION}"
+            )
         files = {name: FileEntry(**entry) for name, entry in document["files"].items()}
         fields = ("schema", "version", "params", "inputs", "code", "summary", "digest")
         manifest = Manifest(files=files, **{name: document[name] for name in fields})
     except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is not a manifest ({error!r}); delete {directory} and run its stage again") from error
+        raise ArtifactError(
+            f"{path} is not a manifest ({error!r}); delete {directory} and run its stage again"
+        ) from error
     if manifest.digest != manifest.content_digest():
-        raise ArtifactError(f"{path}: digest {manifest.digest} but its files give {manifest.content_digest()}; it was edited")
+        raise ArtifactError(
+            f"{path}: digest {manifest.digest} but its files give {manifest.content_digest()}; it was edited"
+        )
     if schema is not None and manifest.schema != schema:
         raise ArtifactError(f"{path}: schema {manifest.schema!r} where {schema!r} is needed")
     return manifest
@@ -166,7 +177,9 @@ def verify(directory: str | Path, schema: str | None = None) -> Manifest:
     for name in sorted(set(manifest.files) - present):
         raise ArtifactError(f"{directory / name} is missing; delete {directory} and run its stage again")
     for name in sorted(present - set(manifest.files)):
-        raise ArtifactError(f"{directory / name} is not in the manifest; delete it, or {directory} and run its stage again")
+        raise ArtifactError(
+            f"{directory / name} is not in the manifest; delete it, or {directory} and run its stage again"
+        )
     for name, entry in manifest.files.items():
         verify_file(directory / name, entry)
     return manifest
@@ -176,7 +189,9 @@ def verify_file(path: str | Path, entry: FileEntry) -> None:
     """Checks one file against its manifest entry; raises `ArtifactError` with both numbers."""
     size = Path(path).stat().st_size
     if size != entry.size:
-        raise ArtifactError(f"{path} has {size} bytes, the manifest says {entry.size}; restore it or run its stage again")
+        raise ArtifactError(
+            f"{path} has {size} bytes, the manifest says {entry.size}; restore it or run its stage again"
+        )
     digest = file_sha256(path)
     if digest != entry.sha256:
         raise ArtifactError(f"{path} has SHA-256 {digest}, the manifest says {entry.sha256}; it is corrupt")
@@ -188,8 +203,7 @@ def link_tree(source: str | Path, target: str | Path) -> None:
     The tree is built beside `target` and renamed, so a kill leaves the old tree, none, or the new one.
     """
     source, target = Path(source), Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    staging = _staging(target)
     try:
         shutil.copytree(source, staging / "tree", copy_function=_link_or_copy)
         if target.exists():
@@ -197,6 +211,28 @@ def link_tree(source: str | Path, target: str | Path) -> None:
         os.rename(staging / "tree", target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def discard(directory: str | Path) -> None:
+    """Deletes an artefact. It is renamed first, so a kill leaves nothing that looks finished and is not."""
+    directory = Path(directory)
+    if directory.exists():
+        staging = _staging(directory)
+        os.rename(directory, staging / "old")
+        shutil.rmtree(staging)
+
+
+def clear_staging(target: str | Path) -> None:
+    """Deletes what killed processes left beside `target`. Only for the one process that may replace it now."""
+    target = Path(target)
+    for left_over in target.parent.glob(f".{glob.escape(target.name)}.????????.tmp"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _staging(target: Path) -> Path:
+    """A fresh hidden folder beside `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -6,19 +6,22 @@ the model is built from these dataclasses in `molmo_model.nn`.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from molmo_model.errors import ConfigError
 
 PARAMS_VERSION = 2
 """The version that this code reads; older files are migrated by `migrate()`, newer ones are refused."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""Names of datasets, models, runs and tasks: they become folders, URLs, partition keys and stages of DVC."""
 
 
 class CropMode(StrEnum):
@@ -333,7 +336,7 @@ def migrate(raw: dict[str, Any], source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: version is {version!r}; write `version: {PARAMS_VERSION}` as its first line")
     if version > PARAMS_VERSION:
         raise ConfigError(
-            f"{source}: version {version} is newer than {PARAMS_VERSION}, the newest that this code reads; update the code"
+            f"{source}: version {version} is newer than {PARAMS_VERSION}, the newest that this code reads; update it"
         )
     raw = dict(raw)
     if version == 1:
@@ -382,6 +385,7 @@ def params_from_dict(raw: Mapping[str, Any], source: str, overrides: Iterable[st
                 raise ConfigError(f"override {override!r} has no '='; write key=value")
             _require_key(config, key)
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+        _check_plain(OmegaConf.to_container(config), source)
         params = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, source)) from error
@@ -437,7 +441,7 @@ def _suggest(name: str, table: Any) -> str:
     return f"{hint}known: {', '.join(names) or 'none'}"
 
 
-def _require_key(config: DictConfig, key: str) -> None:
+def _require_key(config: Any, key: str) -> None:
     """Refuses an override of a key that the params do not have: a typing error must not become a new entry."""
     node: Any = config
     for depth, part in enumerate(key.split(".")):
@@ -448,10 +452,22 @@ def _require_key(config: DictConfig, key: str) -> None:
         node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
 
 
+def _check_plain(value: Any, source: str, key: str = "") -> None:
+    """Refuses `${...}`: DVC reads the same file without resolving it, and the environment may hold secrets."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_plain(item, source, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            _check_plain(item, source, key)
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{source}: {key}: {value!r} is an interpolation; write the value, or use a YAML anchor")
+
+
 def _explain(error: OmegaConfBaseException, source: str) -> str:
     key = getattr(error, "full_key", None) or getattr(error, "key", None) or "params"
     message = str(getattr(error, "msg", None) or error).splitlines()[0]
-    if "Missing mandatory value" in message or "MISSING" in message:
+    if "missing mandatory value" in message.lower() or "MISSING" in message:
         message = "is required and has no default"
     return f"{source}: {key}: {message}"
 
@@ -462,8 +478,7 @@ def _check(params: Params, source: str) -> None:
     def refuse(key: str, message: str) -> None:
         raise ConfigError(f"{source}: {key}: {message}")
 
-    for shared in sorted(set(params.models) & set(params.runs)):
-        refuse(f"runs.{shared}", "is also the name of a model; rename one, `init` must mean one thing")
+    _check_names(params, source)
     for name, dataset in params.datasets.items():
         if not 0 <= dataset.tolerance < 1:
             refuse(f"datasets.{name}.tolerance", f"is {dataset.tolerance}; it must lie in [0, 1)")
@@ -478,9 +493,18 @@ def _check(params: Params, source: str) -> None:
         for entry_name, entry in run.mixture.items():
             lookup(params.datasets, entry.dataset, f"dataset of {key}.mixture.{entry_name}.dataset")
             if not entry.rate > 0:
-                refuse(f"{key}.mixture.{entry_name}.rate", f"is {entry.rate}; it must be above 0, or leave the entry out")
+                refuse(
+                    f"{key}.mixture.{entry_name}.rate", f"is {entry.rate}; it must be above 0, or leave the entry out"
+                )
         train = run.train
-        for field_name in ("steps", "packs_per_step", "packs_per_microbatch", "sequence_length", "save_every", "processes"):
+        for field_name in (
+            "steps",
+            "packs_per_step",
+            "packs_per_microbatch",
+            "sequence_length",
+            "save_every",
+            "processes",
+        ):
             if getattr(train, field_name) < 1:
                 refuse(f"{key}.train.{field_name}", f"is {getattr(train, field_name)}; it must be at least 1")
         model_of(params, name)
@@ -494,6 +518,17 @@ def _check(params: Params, source: str) -> None:
         if run_name in params.runs and int(step[5:]) not in saved_steps(params.runs[run_name].train):
             steps = saved_steps(params.runs[run_name].train)
             refuse("eval.checkpoints", f"{checkpoint!r} is never saved; run {run_name} saves steps {steps}")
+
+
+def _check_names(params: Params, source: str) -> None:
+    for section in ("datasets", "models", "runs", "tasks"):
+        for name in getattr(params, section):
+            if not NAME.fullmatch(name):
+                rule = "it becomes a folder; use letters, digits, '_', '-' and '.', at most 64"
+                raise ConfigError(f"{source}: {section}: {name!r} is no usable name: {rule}")
+    for shared in sorted(set(params.models) & set(params.runs)):
+        message = "is also the name of a model; rename one, `init` must mean one thing"
+        raise ConfigError(f"{source}: runs.{shared}: {message}")
 
 
 def saved_steps(train: TrainConfig) -> list[int]:

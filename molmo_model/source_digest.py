@@ -36,7 +36,7 @@ def source_digest(module: str) -> str:
     digest = hashlib.sha256()
     for path in source_closure(module):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-        digest.update(_bare_source(path).encode() + b"\0")
+        digest.update(canonical_source(path.read_text(encoding="utf-8")).encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -63,14 +63,26 @@ def _imports(path: Path, module: str) -> list[str]:
     return names
 
 
-def _bare_source(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+def canonical_source(text: str) -> str:
+    """What a source file does, as text: its syntax tree without comments, docstrings, positions and layout.
+
+    Empty fields are left out, because newer Python versions add some: the text is the same for all of them.
+    """
+    tree = ast.parse(text)
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        # a string that stands alone is documentation, of the module, a function or the field above it
-        node.body = [item for item in node.body if not _is_string(item)] or [ast.Pass()]
-    return ast.unparse(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            # a string that stands alone is documentation, of the module, a function or the field above it
+            node.body = [item for item in node.body if not _is_string(item)] or [ast.Pass()]
+    return _canonical(tree)
+
+
+def _canonical(node: object) -> str:
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+    return f"{type(node).__name__}({','.join(f'{name}={_canonical(value)}' for name, value in sorted(fields))})"
 
 
 def _is_string(node: ast.stmt) -> bool:

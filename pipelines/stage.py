@@ -19,7 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from molmo_model.artifacts import Manifest, digest_of, link_tree, path_digest, read_manifest, verify, write_manifest
+from molmo_model.artifacts import (
+    MANIFEST,
+    Manifest,
+    clear_staging,
+    digest_of,
+    discard,
+    link_tree,
+    path_digest,
+    verify,
+    write_manifest,
+)
 from molmo_model.errors import ArtifactError, ConfigError, MolmoError
 from molmo_model.source_digest import source_digest
 
@@ -114,6 +124,7 @@ def run(stage: Stage, params: Any, **key: str) -> Manifest:
     key = check_key(stage, params, key)
     target = stage.target(key)
     with _lock(stage, key):
+        clear_staging(target)
         made_from = stamp(stage, params, key)
         if (manifest := _finished(target, made_from, stage)) is not None:
             return manifest
@@ -123,8 +134,9 @@ def run(stage: Stage, params: Any, **key: str) -> Manifest:
         if manifest is None:
             if out.exists() and not stage.resumable:
                 shutil.rmtree(out)
-            shutil.rmtree(target, ignore_errors=True)
+            discard(target)
             out.mkdir(parents=True, exist_ok=True)
+            (out / MANIFEST).unlink(missing_ok=True)  # of a finished build that is no longer what it says
             work.mkdir(parents=True, exist_ok=True)
             inputs = {name: Path(path) for name, path in stage.inputs(params, key).items()}
             started = time.time()
@@ -232,7 +244,7 @@ def _compare(manifest: Manifest, made_from: Mapping[str, Any], stage: Stage) -> 
 
 @contextlib.contextmanager
 def _lock(stage: Stage, key: Key) -> Iterator[None]:
-    """One build of one artefact at a time; a second caller waits and then finds it done. Freed by the kernel on a kill."""
+    """One build of one artefact at a time; a second caller waits and then finds it done. A kill frees it."""
     path = state_root() / "locks" / "-".join([stage.name, *key.values()]).replace("/", "_")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:

@@ -1,1 +1,4 @@
-"""The model: what is Molmo's own (layer selection, pooling, projection, feature insertion, the attention rule), composed with transformers' vision encoders and language models."""
+"""The model: what is Molmo's own, composed with transformers' vision encoders and language models.
+
+Molmo's own are layer selection, pooling, projection, feature insertion and the attention rule.
+"""

@@ -1,1 +1,1 @@
-"""From an example to token ids, crops and pooling indices. The same code serves training, evaluation and `pipelines.generate`."""
+"""From an example to token ids, crops and pooling indices, the same for training, evaluation and generation."""

@@ -1,0 +1,398 @@
+"""Your own data with no code: the rows of a JSONL or Parquet file become examples.
+
+Two forms are read, `docs/guides/own_data.md` shows an example of each:
+
+- messages, as transformers' processors take them: `{"id", "images": [...], "messages": [{"role", "content"}]}`
+- LLaVA: `{"id", "image": "...", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}`
+
+One row is one example with one conversation. What is wrong with a row becomes a `BadRow` with file, line, id, field and
+reason; nothing is guessed and nothing is left out silently.
+
+Images, not rows, are divided between training and evaluation: by a hash of their bytes, so rows that share an image,
+directly or through other rows, always stand on the same side.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from molmo_model.artifacts import digest_of
+from molmo_model.config import DatasetConfig
+from molmo_model.data.datasets.chat_images import ImageSource
+from molmo_model.data.datasets.chat_rows import RawRow, RowError, read_rows
+from molmo_model.data.datasets.options import parse_options
+from molmo_model.data.example import (
+    SPLITS,
+    BadRow,
+    Conversation,
+    Example,
+    ExampleError,
+    Image,
+    Message,
+    is_number,
+    plain_problem,
+)
+from molmo_model.errors import ConfigError, DataError
+from molmo_model.storage import open_file
+
+PLACEHOLDER = "<image>"
+"""Where LLaVA's text has an image."""
+POINT_UNITS = ("percent", "pixel")
+MAX_ID_LETTERS = 256
+FIELDS = (
+    "id",
+    "images",
+    "image",
+    "messages",
+    "conversations",
+    "points",
+    "points_unit",
+    "label",
+    "weight",
+    "style",
+    "metadata",
+    "split",
+)
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+@dataclass
+class Options:
+    """What rows that do not say it themselves have."""
+
+    style: str = "chat"
+    """The conversation's style; mixtures and tasks select by it."""
+    points_unit: str = "percent"
+    """Unit of `points`: `percent` of the image's width and height, or `pixel`."""
+
+    def __post_init__(self) -> None:
+        if self.points_unit not in POINT_UNITS:
+            raise ConfigError(f"dataset option points_unit is {self.points_unit!r}; known: {', '.join(POINT_UNITS)}")
+        if not self.style.strip():
+            raise ConfigError("dataset option style is empty; leave it out or name one")
+
+
+def make(config: DatasetConfig, seed: int) -> Iterator[tuple[str, Example | BadRow]]:
+    """(split, example or bad row) for every row of the file, in its order.
+
+    Raises:
+        ConfigError: no `path`, a wrong suffix, or unknown options.
+        DataError: the file holds no rows, or is broken as a whole.
+        StorageError: the file cannot be opened.
+    """
+    options = parse_options(Options, config)
+    path, images = _path(config), ImageSource(config)
+    sides = _Sides(config.eval_fraction)
+    rows = 0
+    for row in read_rows(path):
+        sides.learn(row, images)
+        rows += 1
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    room = {"train": config.train_examples, "eval": config.eval_examples}
+    lines: dict[str, int] = {}
+    for row in read_rows(path):
+        name = _readable_id(row)
+        try:
+            if row.error is not None:
+                raise row.error
+            example = _example(row.fields, images, options)
+            if example.id in lines:
+                raise RowError("id", f"stands in line {lines[example.id]} already; ids must be unique")
+            split = sides.side(example, row.fields.get("split"))
+        except (RowError, ExampleError) as error:
+            yield "train", BadRow(path, row.line, name, error.field, error.reason)
+            continue
+        lines[example.id] = row.line
+        if (left := room[split]) is None or left > 0:
+            room[split] = None if left is None else left - 1
+            yield split, example
+
+
+def fingerprint(config: DatasetConfig, seed: int) -> dict[str, str]:
+    """Digests of the file and of all images that it names."""
+    path, images = _path(config), ImageSource(config)
+    digest = hashlib.sha256()
+    with open_file(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    names = {name for row in read_rows(path) for item in _image_items(row.fields) if (name := images.name(item))}
+    return {path: digest.hexdigest(), f"{path} images": digest_of({name: images.digest(name) for name in names})}
+
+
+class _Sides:
+    """Which side, training or evaluation, every image belongs to.
+
+    Images that stand in one row are joined, so that they and whatever they are joined to get one side: that which a row
+    of theirs asks for, else by a hash of the smallest digest among them.
+    """
+
+    def __init__(self, eval_fraction: float) -> None:
+        self.eval_fraction = eval_fraction
+        self._parents: dict[str, str] = {}
+        self._asked: dict[str, str] = {}
+
+    def learn(self, row: RawRow, images: ImageSource) -> None:
+        """Takes in what a row says of its images. Most rows, with one image and no `split`, say nothing; only the
+        others are read here, a first time."""
+        items, asked = _image_items(row.fields), row.fields.get("split")
+        if len(items) < 2 and asked is None:
+            return
+        try:
+            digests = [hashlib.sha256(images.read(item, "")).hexdigest() for item in items]
+        except RowError:
+            return  # a bad row, told when it is made
+        roots = sorted({self._root(digest) for digest in digests})
+        for other in roots[1:]:
+            self._parents[other] = roots[0]
+            if other in self._asked:
+                self._asked.setdefault(roots[0], self._asked.pop(other))
+        if roots and asked in SPLITS:
+            self._asked.setdefault(roots[0], asked)
+
+    def side(self, example: Example, asked: str | None) -> str:
+        """The side of an example.
+
+        Raises:
+            RowError: the row asks for another side than the one that its images are on already.
+        """
+        if not example.images:
+            # equal texts go to one side too
+            texts = [[message.role, message.text] for message in example.conversations[0].messages]
+            return asked or self._drawn(digest_of(texts))
+        root = self._root(example.images[0].sha256)
+        side = self._asked.get(root) or self._drawn(root)
+        if asked is not None and asked != side:
+            raise RowError("split", f"is {asked!r}, but another row put an image of this one into {side!r}")
+        return side
+
+    def _root(self, digest: str) -> str:
+        while (parent := self._parents.get(digest, digest)) != digest:
+            digest = parent
+        return digest
+
+    def _drawn(self, digest: str) -> str:
+        share = int.from_bytes(hashlib.sha256(f"side {digest}".encode()).digest()[:8], "big") / 2**64
+        return "eval" if share < self.eval_fraction else "train"
+
+
+def _path(config: DatasetConfig) -> str:
+    if not config.path:
+        raise ConfigError(f"a dataset of family {config.family!r} needs `path`, a .jsonl or .parquet file")
+    return config.path
+
+
+def _readable_id(row: RawRow) -> str | None:
+    name = row.fields.get("id")
+    return str(name)[:MAX_ID_LETTERS].encode("utf-8", "replace").decode() if isinstance(name, str | int) else None
+
+
+def _image_items(fields: dict[str, Any]) -> list[Any]:
+    """The entries of `images`, or the one of `image`; nothing where they are not well formed."""
+    items = fields.get("images", [])
+    if "image" in fields:
+        return [fields["image"]]
+    return items if isinstance(items, list) else []
+
+
+def _example(fields: dict[str, Any], images: ImageSource, options: Options) -> Example:
+    """The example of one row.
+
+    Raises:
+        RowError: naming the field, for whatever is wrong with the row itself.
+        ExampleError: for what no example may be.
+    """
+    _check_fields(fields)
+    name = _id(fields)
+    items = _image_items(fields)
+    messages, places = _messages(fields)
+    if places is not None and places != len(items):
+        raise RowError(
+            "messages" if "messages" in fields else "conversations", f"has {places} places for {len(items)} images"
+        )
+    pictures = tuple(
+        images.load(item, "image" if "image" in fields else f"images[{i}]") for i, item in enumerate(items)
+    )
+    if "points" in fields:
+        messages = [*messages, _point_answer(fields, messages, pictures, options)]
+    elif "label" in fields or "points_unit" in fields:
+        raise RowError("label" if "label" in fields else "points_unit", "stands without `points`")
+    _check_turns(messages, "messages" if "messages" in fields else "conversations")
+    style = _typed(fields, "style", str, options.style)
+    metadata = _metadata(fields)
+    weight = fields.get("weight", 1.0)
+    if not is_number(weight) or weight <= 0:
+        raise RowError("weight", f"is {weight!r}; it must be a finite number above 0")
+    if not style.strip():
+        raise RowError("style", "is empty")
+    conversation = Conversation(style, tuple(messages), float(weight), metadata)
+    return Example(name, pictures, (conversation,))
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """What a row may have, by name."""
+    for name in fields:
+        if name not in FIELDS:
+            close = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise RowError(name, f"is no field of a row; {hint}what else you know of it goes into `metadata`")
+    for one, other in (("images", "image"), ("messages", "conversations")):
+        if one in fields and other in fields:
+            raise RowError(other, f"stands beside `{one}`; give one of them")
+    if "images" in fields and not isinstance(fields["images"], list):
+        raise RowError("images", f"is a {type(fields['images']).__name__}; it must be a list")
+    if fields.get("split") not in (None, *SPLITS):
+        raise RowError("split", f"is {fields['split']!r}; known: {', '.join(SPLITS)}")
+
+
+def _id(fields: dict[str, Any]) -> str:
+    name = fields.get("id")
+    if isinstance(name, int) and not isinstance(name, bool):
+        name = str(name)
+    if not isinstance(name, str) or not name.strip():
+        raise RowError(
+            "id", "is missing or empty" if name in (None, "") else f"is {name!r}; it must be text or a number"
+        )
+    if len(name) > MAX_ID_LETTERS or not name.isprintable():
+        raise RowError("id", f"must be printable and at most {MAX_ID_LETTERS} letters long")
+    return name
+
+
+def _messages(fields: dict[str, Any]) -> tuple[list[Message], int | None]:
+    """The turns of a row, and how many places for images they have; None where none is needed."""
+    if "messages" in fields:
+        return _chat_messages(_typed(fields, "messages", list, []))
+    if "conversations" in fields:
+        return _llava_messages(_typed(fields, "conversations", list, []))
+    raise RowError("messages", "is missing")
+
+
+def _chat_messages(turns: list[Any]) -> tuple[list[Message], int | None]:
+    messages, places, has_parts = [], 0, False
+    for i, turn in enumerate(turns):
+        where = f"messages[{i}]"
+        _check_keys(turn, ("role", "content"), where)
+        role, content = turn.get("role"), turn.get("content")
+        if isinstance(content, list):
+            has_parts = True
+            text, count = _join_parts(content, f"{where}.content")
+        else:
+            text, count = content, 0
+        if count and i:
+            raise RowError(f"{where}.content", "has an image; images stand in the first message, where Molmo sees them")
+        messages.append(_message(role, text, where, "role", "content"))
+        places += count
+    return messages, places if has_parts else None
+
+
+def _join_parts(parts: list[Any], where: str) -> tuple[str, int]:
+    """The text of a list of parts, and how many of them are images."""
+    texts, images = [], 0
+    for i, part in enumerate(parts):
+        _check_keys(part, ("type", "text"), f"{where}[{i}]")
+        kind, text = part.get("type"), part.get("text")
+        if kind == "image" and text is None:
+            images += 1
+        elif kind == "text" and isinstance(text, str):
+            texts.append(text.strip())
+        else:
+            raise RowError(f"{where}[{i}]", 'is neither {"type": "image"} nor {"type": "text", "text": "..."}')
+    return " ".join(text for text in texts if text), images
+
+
+def _llava_messages(turns: list[Any]) -> tuple[list[Message], int]:
+    messages, places = [], 0
+    for i, turn in enumerate(turns):
+        where = f"conversations[{i}]"
+        _check_keys(turn, ("from", "value"), where)
+        value = turn.get("value")
+        count = value.count(PLACEHOLDER) if isinstance(value, str) else 0
+        if count and i:
+            raise RowError(
+                f"{where}.value", f"has {PLACEHOLDER}; images stand in the first turn, where Molmo sees them"
+            )
+        text = value.replace(PLACEHOLDER, "") if count else value
+        speaker = turn.get("from")
+        role = LLAVA_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        messages.append(_message(role, text, where, "from", "value"))
+        places += count
+    return messages, places
+
+
+def _message(role: Any, text: Any, where: str, role_field: str, text_field: str) -> Message:
+    if role not in ("user", "assistant"):
+        hint = "; put what it says into the first question" if role == "system" else ""
+        raise RowError(f"{where}.{role_field}", f"is {role!r}, not the user or the assistant{hint}")
+    if not isinstance(text, str) or not text.strip():
+        raise RowError(
+            f"{where}.{text_field}", "is empty" if text in (None, "") or isinstance(text, str) else "is no text"
+        )
+    if PLACEHOLDER in text:
+        raise RowError(
+            f"{where}.{text_field}", f'has {PLACEHOLDER} as text; write {{"type": "image"}} as a part instead'
+        )
+    if problem := plain_problem(text, f"{where}.{text_field}"):
+        raise RowError(*problem)
+    return Message(role, text.strip())
+
+
+def _check_keys(value: Any, names: tuple[str, ...], where: str) -> None:
+    if not isinstance(value, dict):
+        raise RowError(where, f"is a {type(value).__name__}; it must have {' and '.join(names)}")
+    for name in value:
+        if name not in names and value[name] is not None:
+            hint = "; name the image in the row's `images`" if name in ("image", "image_url", "url", "path") else ""
+            raise RowError(f"{where}.{name}", f"is an unknown field; known: {', '.join(names)}{hint}")
+
+
+def _point_answer(
+    fields: dict[str, Any], messages: list[Message], pictures: tuple[Image, ...], options: Options
+) -> Message:
+    """The assistant's last turn of a row with `points`, in percent."""
+    if len(pictures) != 1:
+        raise RowError("points", f"needs exactly one image to point at; the row has {len(pictures)}")
+    if messages and messages[-1].role == "assistant":
+        raise RowError("points", "are the last answer, so the messages must end with the user's turn")
+    label = _typed(fields, "label", str, "")
+    if not label.strip():
+        raise RowError("label", "is missing; points need a label that says what they point at")
+    unit = fields.get("points_unit", options.points_unit)
+    if unit not in POINT_UNITS:
+        raise RowError("points_unit", f"is {unit!r}; known: {', '.join(POINT_UNITS)}")
+    picture = pictures[0]
+    limits = (100.0, 100.0) if unit == "percent" else (float(picture.width), float(picture.height))
+    points = []
+    for i, point in enumerate(_typed(fields, "points", list, [])):
+        if not isinstance(point, list) or len(point) != 2 or not all(is_number(value) for value in point):
+            raise RowError(f"points[{i}]", f"is {point!r}; it must be [x, y], two finite numbers")
+        if not all(0 <= value <= limit for value, limit in zip(point, limits, strict=True)):
+            size = f"{picture.width} x {picture.height} pixels" if unit == "pixel" else "0 to 100 percent"
+            raise RowError(f"points[{i}]", f"is {point}, outside the image of {size}")
+        points.append((100.0 * point[0] / limits[0], 100.0 * point[1] / limits[1]))
+    return Message("assistant", points=tuple(points), label=label.strip())
+
+
+def _check_turns(messages: list[Message], field: str) -> None:
+    for i, message in enumerate(messages):
+        if message.role != ("user", "assistant")[i % 2]:
+            raise RowError(
+                f"{field}[{i}]", f"is the {message.role}'s turn; user and assistant alternate, the user first"
+            )
+    if not messages or len(messages) % 2:
+        raise RowError(field, "must end with the assistant's answer; there is none to learn")
+
+
+def _metadata(fields: dict[str, Any]) -> dict[str, Any]:
+    metadata = _typed(fields, "metadata", dict, {})
+    if problem := plain_problem(metadata, "metadata"):
+        raise RowError(*problem)
+    return metadata
+
+
+def _typed(fields: dict[str, Any], name: str, kind: type[Any], default: Any) -> Any:
+    value = fields.get(name, default)
+    if not isinstance(value, kind):
+        raise RowError(name, f"is a {type(value).__name__}; it must be a {kind.__name__}")
+    return value

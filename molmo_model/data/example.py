@@ -1,0 +1,334 @@
+"""The one form that every dataset becomes: images, and conversations about them.
+
+A family in `molmo_model.data.datasets` makes `Example`s, the shards keep them, the preprocessor turns them into tokens.
+An `Example` that exists is valid: its constructor refuses what the rest of the house cannot use, naming id and field.
+Shards hold facts: no tokens, no mixture weight, no prompt where a style's template will do.
+
+Several conversations of one example form a message tree: they share the image tokens and do not see each other. An
+evaluation item is one conversation; its id is `item_id(example, number)`.
+"""
+
+import hashlib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from molmo_model.artifacts import canonical_json
+from molmo_model.errors import DataError
+
+ROLES = ("user", "assistant")
+SPLITS = ("train", "eval")
+
+Point = tuple[float, float]
+"""x from the left and y from the top, in percent of the image's width and height."""
+
+
+class ExampleError(DataError):
+    """What is wrong with an example, in parts."""
+
+    def __init__(self, id: Any, field: str, reason: str) -> None:
+        super().__init__(f"example {id!r}: {field} {reason}")
+        self.id, self.field, self.reason = id, field, reason
+
+
+@dataclass(frozen=True)
+class Image:
+    """One still picture, as its original encoded file."""
+
+    data: bytes
+    """The file's bytes, never re-encoded."""
+    width: int
+    """Pixels, after the rotation that the file's EXIF asks for."""
+    height: int
+    format: str
+    """Encoding in capitals, such as `PNG` or `JPEG`."""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. A user's turn is text or, with text None, a prompt drawn from the style's templates. An assistant's
+    turn is either text or points."""
+
+    role: str
+    """`user` or `assistant`."""
+    text: str | None = None
+    points: tuple[Point, ...] | None = None
+    """The answer as points, rendered to text by the preprocessor; the empty tuple says that there are none."""
+    label: str | None = None
+    """What is pointed at; fills the place of the label in a prompt template and in the points' text."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of user and assistant, alternating, that begin with the user and end with the assistant."""
+
+    style: str
+    """The task family, such as `chart_qa`; mixtures and tasks select by it, and prompts depend on it."""
+    messages: tuple[Message, ...]
+    weight: float = 1.0
+    """Factor on the loss of the conversation's answered tokens."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    """Plain JSON that scoring needs: answers, regions, units."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Images and what is said about them.
+
+    Raises:
+        DataError: naming the id and the field, for whatever is empty, of a wrong type or contradictory.
+    """
+
+    id: str
+    """Unique within its dataset."""
+    images: tuple[Image, ...]
+    """None, one or several; they come before the conversation."""
+    conversations: tuple[Conversation, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON without the image bytes, which stand as size, format and SHA-256; see `from_json`."""
+        return {
+            "id": self.id,
+            "images": [
+                {"width": image.width, "height": image.height, "format": image.format, "sha256": image.sha256}
+                for image in self.images
+            ],
+            "conversations": [_conversation_json(conversation) for conversation in self.conversations],
+            "metadata": self.metadata,
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], image_bytes: Sequence[bytes], verify: bool = True) -> "Example":
+        """The example that `to_json` described.
+
+        Args:
+            raw: what `to_json` returned.
+            image_bytes: the encoded files, in order.
+            verify: compare each file with its SHA-256; False where the caller has already verified the bytes.
+
+        Raises:
+            DataError: naming the id and the field, for an unknown or missing field, a wrong type, another number of
+                images, or bytes that are not those described.
+        """
+        name = raw.get("id") if isinstance(raw, Mapping) else None
+        fields = _fields(raw, name, "example", ("id", "images", "conversations", "metadata"))
+        described = _list(fields["images"], name, "images")
+        if len(described) != len(image_bytes):
+            _refuse(name, "images", f"describes {len(described)} images, but {len(image_bytes)} files are given")
+        pairs = zip(described, image_bytes, strict=True)
+        images = [_image(item, data, name, f"images[{i}]", verify) for i, (item, data) in enumerate(pairs)]
+        conversations = [
+            _conversation(item, name, f"conversations[{i}]")
+            for i, item in enumerate(_list(fields["conversations"], name, "conversations"))
+        ]
+        return cls(fields["id"], tuple(images), tuple(conversations), fields["metadata"])
+
+    def content_hash(self) -> str:
+        """SHA-256 over everything, image bytes included."""
+        return hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row of a dataset that cannot become an example: where it is, and why. Listed in the artefact, never dropped
+    silently."""
+
+    file: str
+    """As the params name it."""
+    line: int
+    """1-based: the line of a text file, the row of a table."""
+    id: str | None
+    """None where the row has no readable id."""
+    field: str
+    """The field at fault, such as `messages[1].content`; `row` for the row as a whole."""
+    reason: str
+
+
+def item_id(example: Example, conversation: int) -> str:
+    """The id of one evaluation item: one conversation of an example."""
+    return f"{example.id}#{conversation}"
+
+
+def plain_problem(value: Any, where: str) -> tuple[str, str] | None:
+    """The first part of `value` that is not plain JSON (text that is not Unicode and NaN included), as field and
+    reason; None if there is none."""
+    if value is None or isinstance(value, bool | int) or (isinstance(value, str) and _encodes(value)):
+        return None
+    if isinstance(value, str):
+        return where, "holds half a surrogate pair, which is not Unicode text"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (where, f"is {value}, which JSON cannot say")
+    if isinstance(value, list):
+        found = ((f"{where}[{i}]", plain_problem(item, "")) for i, item in enumerate(value))
+        return next(((place + problem[0], problem[1]) for place, problem in found if problem), None)
+    if not isinstance(value, dict):
+        return where, f"is a {type(value).__name__}, which is not plain JSON"
+    for key, item in value.items():
+        if not isinstance(key, str) or not _encodes(key):
+            return where, f"has the key {key!r}, which is not Unicode text"
+        if (problem := plain_problem(item, "")) is not None:
+            return f"{where}.{key}{problem[0]}", problem[1]
+    return None
+
+
+def _encodes(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check(example: Example) -> None:
+    name = example.id
+    if not isinstance(name, str) or not name.strip():
+        _refuse(name, "id", f"is {name!r}; it must be text that is not empty")
+    if not example.conversations:
+        _refuse(name, "conversations", "is empty; an example needs at least one")
+    for i, image in enumerate(example.images):
+        if not isinstance(image.data, bytes) or not image.data:
+            _refuse(name, f"images[{i}].data", "is no bytes, or empty")
+        for side in ("width", "height"):
+            size = getattr(image, side)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                _refuse(name, f"images[{i}].{side}", f"is {size!r}; it must be a whole number of pixels, at least 1")
+        if not isinstance(image.format, str) or not image.format:
+            _refuse(name, f"images[{i}].format", f"is {image.format!r}; it must name the encoding, such as PNG")
+    for i, conversation in enumerate(example.conversations):
+        _check_conversation(conversation, bool(example.images), name, f"conversations[{i}]")
+    _check_metadata(example.metadata, name, "metadata")
+    if problem := plain_problem(name, "id"):
+        _refuse(name, *problem)
+
+
+def _check_conversation(conversation: Conversation, has_image: bool, name: str, where: str) -> None:
+    if not isinstance(conversation.style, str) or not conversation.style:
+        _refuse(name, f"{where}.style", f"is {conversation.style!r}; it must be text that is not empty")
+    weight = conversation.weight
+    if not is_number(weight) or weight <= 0:
+        _refuse(name, f"{where}.weight", f"is {weight!r}; it must be a finite number above 0")
+    _check_metadata(conversation.metadata, name, f"{where}.metadata")
+    messages = conversation.messages
+    if len(messages) < 2 or len(messages) % 2:
+        _refuse(
+            name, f"{where}.messages", f"has {len(messages)} turns; it must end with an assistant's answer to a user"
+        )
+    for i, message in enumerate(messages):
+        field_name = f"{where}.messages[{i}]"
+        if message.role != ROLES[i % 2]:
+            _refuse(
+                name,
+                f"{field_name}.role",
+                f"is {message.role!r} where {ROLES[i % 2]!r} must stand: the roles alternate",
+            )
+        _check_message(message, has_image, name, field_name)
+
+
+def _check_message(message: Message, has_image: bool, name: str, where: str) -> None:
+    for part in ("text", "label"):
+        value = getattr(message, part)
+        if value is None:
+            continue
+        if not isinstance(value, str) or not value.strip():
+            _refuse(name, f"{where}.{part}", f"is {value!r}; it must be text that is not empty")
+        if problem := plain_problem(value, f"{where}.{part}"):
+            _refuse(name, *problem)
+    if message.role == "user":
+        if message.points is not None:
+            _refuse(name, f"{where}.points", "stands in a user's turn; only an assistant answers with points")
+        return
+    if (message.text is None) == (message.points is None):
+        _refuse(name, where, "must have either text or points, an assistant's turn cannot have both or neither")
+    if message.points is None:
+        return
+    if not has_image:
+        _refuse(name, f"{where}.points", "has no image to point at")
+    if message.label is None:
+        _refuse(name, f"{where}.label", "is missing; points need a label that says what they point at")
+    for i, point in enumerate(message.points):
+        if not isinstance(point, tuple) or len(point) != 2 or not all(is_number(value) for value in point):
+            _refuse(name, f"{where}.points[{i}]", f"is {point!r}; it must be a pair of finite numbers")
+        if not all(0 <= value <= 100 for value in point):
+            _refuse(name, f"{where}.points[{i}]", f"is {point}, outside the image: both must lie in [0, 100] percent")
+
+
+def _check_metadata(metadata: Any, name: str, where: str) -> None:
+    if not isinstance(metadata, dict):
+        _refuse(name, where, f"is a {type(metadata).__name__}; it must be a mapping")
+    if problem := plain_problem(metadata, where):
+        _refuse(name, *problem)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that a float can hold; a bool is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _conversation_json(conversation: Conversation) -> dict[str, Any]:
+    return {
+        "style": conversation.style,
+        "messages": [
+            {
+                "role": message.role,
+                "text": message.text,
+                "points": None if message.points is None else [list(point) for point in message.points],
+                "label": message.label,
+            }
+            for message in conversation.messages
+        ],
+        "weight": conversation.weight,
+        "metadata": conversation.metadata,
+    }
+
+
+def _image(raw: Any, data: bytes, name: Any, where: str, verify: bool) -> Image:
+    fields = _fields(raw, name, where, ("width", "height", "format", "sha256"))
+    image = Image(data, fields["width"], fields["height"], fields["format"])
+    if verify and image.sha256 != fields["sha256"]:
+        _refuse(name, f"{where}.sha256", f"is {fields['sha256']}, but the file's bytes give {image.sha256}")
+    return image
+
+
+def _conversation(raw: Any, name: Any, where: str) -> Conversation:
+    fields = _fields(raw, name, where, ("style", "messages", "weight", "metadata"))
+    messages = []
+    for i, item in enumerate(_list(fields["messages"], name, f"{where}.messages")):
+        parts = _fields(item, name, f"{where}.messages[{i}]", ("role", "text", "points", "label"))
+        points = parts["points"]
+        if points is not None:
+            pairs = _list(points, name, f"{where}.messages[{i}].points")
+            parts["points"] = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
+        messages.append(Message(**parts))
+    return Conversation(fields["style"], tuple(messages), fields["weight"], fields["metadata"])
+
+
+def _fields(raw: Any, name: Any, where: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """The mapping's fields, which must be exactly `names`."""
+    if not isinstance(raw, Mapping):
+        _refuse(name, where, f"is a {type(raw).__name__}; it must be a mapping")
+    if raw.keys() != set(names):
+        unknown, missing = sorted(set(raw) - set(names), key=str), sorted(set(names) - set(raw))
+        _refuse(name, where, f"has unknown fields {unknown} and lacks {missing}; the fields are {list(names)}")
+    return dict(raw)
+
+
+def _list(value: Any, name: Any, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        _refuse(name, where, f"is a {type(value).__name__}; it must be a list")
+    return value
+
+
+def _refuse(name: Any, where: str, reason: str) -> NoReturn:
+    raise ExampleError(name, where, reason)

@@ -1,0 +1,128 @@
+"""The plan of a run's data: mixture, packs and shards joined. What training reads its examples from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from molmo_model.config import TrainConfig
+from molmo_model.data.example import Example
+from molmo_model.data.mixture import Draw, Mixture
+from molmo_model.data.packing import Capacity, Packing
+from molmo_model.data.shards import ShardReader
+from molmo_model.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that training needs to know about its data: the packs, what is in them, and where it lies."""
+
+    mixture: Mixture
+    packing: Packing
+    readers: Mapping[str, ShardReader]
+
+    @classmethod
+    def load(cls, mixture: str | Path, shards: Mapping[str, str | Path], train: TrainConfig) -> "Plan":
+        """The plan of a run.
+
+        Args:
+            mixture: folder of the mixture artefact.
+            shards: folder of the shards artefact by dataset.
+            train: capacities of a pack and the packing window.
+
+        Raises:
+            ArtifactError: a folder is unfinished, or the shards are not those that the mixture was made from.
+        """
+        made = Mixture.load(mixture)
+        readers = {name: ShardReader(path) for name, path in shards.items()}
+        for name, digest in made.info.get("shards", {}).items():
+            if name not in readers:
+                raise ArtifactError(f"{mixture} needs the shards of dataset {name!r}; given are {sorted(readers)}")
+            if readers[name].digest != digest:
+                raise ArtifactError(
+                    f"{mixture} was made from shards {digest} of dataset {name!r}, {readers[name].path} holds "
+                    f"{readers[name].digest}; run the mixture stage again"
+                )
+        return cls.of(made, readers, train)
+
+    @classmethod
+    def of(cls, mixture: Mixture, readers: Mapping[str, ShardReader], train: TrainConfig) -> "Plan":
+        """The plan of a mixture at hand; its pack counts are used if they were made for these capacities."""
+
+        def name_at(position: int) -> str:
+            draw = mixture.draws([position])[0]
+            return f"example {readers[draw.dataset].index['id'][draw.row].as_py()!r} of dataset {draw.dataset!r}"
+
+        capacity = Capacity(train.sequence_length, train.crops_per_pack)
+        planned = mixture.info.get("packing", {})
+        same = all(planned.get(name) == value for name, value in packing_of(train).items())
+        counts = mixture.pack_counts if same else ()
+        return cls(mixture, Packing(mixture.costs_at, capacity, train.packing_window, counts, name_at), readers)
+
+    def pack(self, number: int) -> list[Draw]:
+        """The draws of a pack."""
+        return self.mixture.draws(self.packing.pack(number))
+
+    def read(self, draw: Draw) -> Example:
+        """The example of a draw, verified."""
+        return self.readers[draw.dataset].read(draw.row)
+
+    def name(self, draw: Draw) -> str:
+        """What to call a draw in an error."""
+        reader = self.readers[draw.dataset]
+        return f"example {reader.index['id'][draw.row].as_py()!r} of dataset {draw.dataset!r} (row {draw.row})"
+
+
+def packing_of(train: TrainConfig) -> dict[str, int]:
+    """The settings that decide the packs."""
+    return {
+        "sequence_length": train.sequence_length,
+        "crops_per_pack": train.crops_per_pack,
+        "packing_window": train.packing_window,
+    }
+
+
+def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda done: None) -> Mixture:
+    """The plan's mixture with the packs of each window counted for a whole run: training then starts anywhere at once.
+
+    `info["packing"]` then says how full the packs of the run are and how far each entry gets.
+
+    Args:
+        plan: what to count.
+        packs: packs of the run: steps times packs per step.
+        report: called now and then with the number of packs counted so far.
+
+    Raises:
+        DataError: an example that the run draws is larger than a pack.
+    """
+    packing, mixture = plan.packing, plan.mixture
+    counts: list[int] = []
+    tokens = crops = done = 0
+    while done < packs:
+        start = len(counts) * packing.window
+        of_tokens, of_crops = mixture.costs_at(start, packing.window)
+        counts.append(len(packing.packs_of(len(counts))))
+        tokens, crops, done = tokens + int(of_tokens.sum()), crops + int(of_crops.sum()), done + counts[-1]
+        report(done)
+    examples = len(counts) * packing.window
+    drawn = mixture.order.schedule.counts(examples).tolist()
+    capacity = packing.capacity
+    settings = {
+        "sequence_length": capacity.tokens,
+        "crops_per_pack": capacity.crops,
+        "packing_window": packing.window,
+    }
+    info = {
+        **mixture.info,
+        "packing": {
+            **settings,
+            "packs": done,
+            "examples": examples,
+            "examples_per_pack": round(examples / max(done, 1), 4),
+            "token_fill": round(tokens / max(done * capacity.tokens, 1), 6),
+            "crop_fill": round(crops / max(done * capacity.crops, 1), 6),
+            "epochs": {e.name: round(n / len(e.rows), 4) for e, n in zip(mixture.entries, drawn, strict=True)},
+        },
+    }
+    return Mixture(mixture.seed, mixture.entries, mixture.order.schedule, info, np.array(counts, np.int64))

@@ -1,0 +1,165 @@
+"""Line charts as small SVG text: the same bytes every time, readable in light and dark, without a plotting library.
+
+Colours are classes (`s0`, `s1`, ... for series); the page that holds a chart gives them meaning, and `standalone` adds
+a style of its own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 360, 210
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 34
+"""Margins in SVG units around the plot area."""
+COLOURS = 6
+"""Series colours before they repeat."""
+
+STYLE = """
+svg{font:11px system-ui,sans-serif;background:#fff}
+text{fill:#3b4252}.grid{stroke:#d8dee9;stroke-width:1}.base{stroke:#6b7280;stroke-dasharray:4 4;fill:none}
+.line{fill:none;stroke-width:2}.band{opacity:.16;stroke:none}
+.s0{stroke:#2458d3;color:#2458d3}.s1{stroke:#c2410c;color:#c2410c}.s2{stroke:#0f7a5c;color:#0f7a5c}
+.s3{stroke:#8b36b8;color:#8b36b8}.s4{stroke:#b3123f;color:#b3123f}.s5{stroke:#57606f;color:#57606f}
+.dot,.band{fill:currentColor}
+"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value at a step, with an interval if there is one."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart; `colour` is a number of the palette."""
+
+    name: str
+    points: tuple[Point, ...]
+    colour: int = 0
+    dots: bool = True
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Maps data to the plot area."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> str:
+        share = (value - self.x_low) / ((self.x_high - self.x_low) or 1.0)
+        return f"{LEFT + share * (WIDTH - LEFT - RIGHT):.1f}"
+
+    def y(self, value: float) -> str:
+        share = (value - self.y_low) / ((self.y_high - self.y_low) or 1.0)
+        return f"{HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM):.1f}"
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    baseline: float | None = None,
+    y_range: tuple[float, float] | None = None,
+    percent: bool = False,
+    x_label: str = "step",
+) -> str:
+    """One SVG element: lines, dots, interval whiskers, and a dashed baseline.
+
+    Args:
+        title: for screen readers and as tooltip.
+        series: lines; points are drawn in order of x.
+        baseline: a value to draw across, such as the majority answer's.
+        y_range: lowest and highest value shown; None takes that of the data.
+        percent: label the vertical axis in percent.
+    """
+    points = [point for line in series for point in line.points]
+    scale = _scale(points, baseline, y_range)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title>",
+        *_axes(scale, sorted({point.x for point in points}), percent, x_label),
+    ]
+    if baseline is not None:
+        y = scale.y(baseline)
+        parts.append(f'<path class="base" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
+    for line in series:
+        parts += _line(line, scale, percent)
+    return "".join([*parts, "</svg>"])
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own."""
+    head, _, rest = svg.partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE.strip()}</style>{rest}\n'
+
+
+def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
+    """Round numbers from `low` to `high`, about `wanted` of them, in steps of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(number * step, 10) for number in range(first, last + 1)]
+
+
+def thin(points: Sequence[Point], most: int = 150) -> tuple[Point, ...]:
+    """At most `most` points: means over stretches of equal length, so that a long curve stays small and honest."""
+    if len(points) <= most:
+        return tuple(points)
+    size = math.ceil(len(points) / most)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return tuple(Point(group[-1].x, math.fsum(point.y for point in group) / len(group)) for group in groups)
+
+
+def _scale(points: Sequence[Point], baseline: float | None, y_range: tuple[float, float] | None) -> _Scale:
+    xs = [point.x for point in points] or [0.0, 1.0]
+    if y_range is None:
+        ys = [point.y for point in points] + ([] if baseline is None else [baseline]) or [0.0, 1.0]
+        y_range = min(0.0, *ys), max(ys) * 1.05 or 1.0
+    return _Scale(min(0.0, *xs), max(xs), *y_range)
+
+
+def _axes(scale: _Scale, xs: Sequence[float], percent: bool, x_label: str) -> list[str]:
+    parts = []
+    for value in ticks(scale.y_low, scale.y_high):
+        y = scale.y(value)
+        label = f"{value * 100:.0f}%" if percent else f"{value:g}"
+        parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y}" dy=".35em" text-anchor="end">{label}</text>')
+    shown = xs if len(xs) <= 6 else ticks(scale.x_low, scale.x_high)
+    for value in shown:
+        parts.append(f'<text x="{scale.x(value)}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{value:g}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle:g}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
+    return parts
+
+
+def _line(line: Series, scale: _Scale, percent: bool) -> list[str]:
+    points = sorted(line.points, key=lambda point: point.x)
+    if not points:
+        return []
+    path = "L".join(f"{scale.x(point.x)} {scale.y(point.y)}" for point in points)
+    parts = [f'<g class="s{line.colour % COLOURS}">', f'<path class="line" d="M{path}"/>']
+    for point in points:
+        if point.low is not None and point.high is not None:
+            parts.append(
+                f'<path class="whisker" d="M{scale.x(point.x)} {scale.y(point.low)}V{scale.y(point.high)}"/>'
+            )
+        if line.dots:
+            value = f"{point.y * 100:.1f}%" if percent else f"{point.y:g}"
+            tip = escape(f"{line.name}, step {point.x:g}: {value}")
+            parts.append(
+                f'<circle class="dot" cx="{scale.x(point.x)}" cy="{scale.y(point.y)}" r="3.5"><title>{tip}</title></circle>'
+            )
+    return [*parts, "</g>"]

@@ -1,0 +1,107 @@
+"""From questions to answers: a checkpoint folder, its own preprocessor, left-padded greedy generation in batches.
+
+Kept apart from tasks, journal and metrics: the sources that this module imports are exactly those whose change can
+change an answer, and their digest is part of the journal's key.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from molmo_model.config import Precision
+from molmo_model.data.example import Example
+from molmo_model.errors import CheckpointError
+from molmo_model.nn.generation import finish_reason, generate
+from molmo_model.nn.molmo import MolmoForConditionalGeneration
+from molmo_model.preprocessing.collator import collate_prompts
+from molmo_model.preprocessing.preprocessor import Preprocessor
+
+STRATEGY = "greedy"
+AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+"""Weights stay in fp32; these compute in a lower precision through autocast."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """The last question of one conversation of an example."""
+
+    example: Example
+    conversation: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said."""
+
+    text: str
+    finish_reason: str
+    """`stop` if the model ended its answer, `length` if it was cut off."""
+    tokens: int
+    """Tokens of the answer, without the one that ends it."""
+    prompt_tokens: int
+    """Tokens in front of it, those of images included."""
+
+
+class Predictor:
+    """A model with its preprocessor, ready to answer."""
+
+    def __init__(
+        self, model: MolmoForConditionalGeneration, preprocessor: Preprocessor, precision: Precision = Precision.fp32
+    ) -> None:
+        self.model = model.eval()
+        self.preprocessor = preprocessor
+        self.precision = precision
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, precision: Precision = Precision.fp32, device: str | torch.device | None = None
+    ) -> "Predictor":
+        """The model of a checkpoint folder, on a GPU if there is one.
+
+        Raises:
+            CheckpointError: the folder is missing, or no checkpoint that can be loaded.
+        """
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
+        preprocessor = Preprocessor.from_pretrained(folder)
+        try:
+            model = MolmoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(model.to(device), preprocessor, precision)
+
+    def cost(self, question: Question) -> tuple[int, int]:
+        """Tokens and crops of a question: what batches are sorted by. No pixel is looked at."""
+        sizes = [(image.width, image.height) for image in question.example.images]
+        conversation = question.example.conversations[question.conversation]
+        return self.preprocessor.cost(sizes, [conversation], id=question.example.id)
+
+    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """The greedy answers of one batch, in order."""
+        preprocessor = self.preprocessor
+        prompts = [preprocessor.encode_prompt(question.example, question.conversation) for question in questions]
+        batch = collate_prompts(prompts, preprocessor.config, preprocessor.pad_id)
+        batch["image_token_counts"] = batch["image_tokens"]
+        with self._autocast():
+            answers = generate(self.model, batch, max_new_tokens, [preprocessor.eos_id])
+        return [
+            Answer(preprocessor.decode(ids), finish_reason(ids, max_new_tokens), len(ids), len(prompt))
+            for ids, prompt in zip(answers, prompts, strict=True)
+        ]
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        dtype = AUTOCAST.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype=dtype)
+
+
+def batches(costs: Sequence[tuple[int, int]], size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar cost, the most expensive first: little padding, and too large a batch fails at
+    once rather than at the end."""
+    order = sorted(range(len(costs)), key=lambda index: (*(-part for part in costs[index]), index))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

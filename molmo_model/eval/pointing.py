@@ -1,0 +1,118 @@
+"""Pointing: one-to-one matching of predicted points to targets, and who hit what.
+
+The rule is that of Molmo's pointing evaluation (Deitke et al. 2024, arXiv:2409.17146; allenai/molmo,
+`olmo/eval/evaluators.py`): assign predictions to targets with the least sum of distances (Hungarian algorithm), then
+count a pair when the predicted point lies inside the target's region; an answer that is not exactly one tag of points
+scores 0. One thing is corrected: that code compares pixels with percent in the assignment, here both are pixels.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from molmo_model.preprocessing.points import NO_POINTS, Point, extract_points
+
+FALLBACK_RADIUS = 5.0
+"""Percent of the longer side around a target point that counts as hit, where the data give neither box nor radius."""
+
+_NUMBER = r"\s*\d+(?:\.\d+)?"
+_TAGS = (
+    rf'<point\s+x="{_NUMBER}"\s+y="{_NUMBER}"\s+alt="[^"]*">[^<]*</point>',
+    rf'<points\s+(?:x\d+="{_NUMBER}"\s+y\d+="{_NUMBER}"\s+)+alt="[^"]*">[^<]*</points>',
+)
+_WELL_FORMED = re.compile(rf"(?:Counting the )?(?:{'|'.join(_TAGS)})(?: shows a total of \d+\.)?")
+
+
+def parse(prediction: str) -> list[Point] | None:
+    """The points of an answer in percent, or None when the whole answer is not one tag of points inside the image."""
+    text = prediction.strip()
+    if text == NO_POINTS:
+        return []
+    if _WELL_FORMED.fullmatch(text) is None:
+        return None
+    points = extract_points(text)
+    written = len(re.findall(r'\sx\d*="', re.sub(r'alt="[^"]*"', "", text)))
+    return points if len(points) == written else None  # a coordinate above 100 was left out
+
+
+def score(predicted: Sequence[Point], references: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Precision, recall and F1 of predicted points in percent; without targets all are 1 iff nothing is predicted."""
+    targets: Sequence[Point] = references["points"] or ()
+    if not targets or not predicted:
+        right = float(not targets and not predicted)
+        return right, right, right
+    width, height = references["width"], references["height"]
+    points = [(x / 100 * width, y / 100 * height) for x, y in predicted]
+    goals = [(x / 100 * width, y / 100 * height) for x, y in targets]
+    pairs = assignment([[math.dist(point, goal) for goal in goals] for point in points])
+    hits = sum(_inside(points[i], goals[j], j, references) for i, j in pairs)
+    precision, recall = hits / len(points), hits / len(goals)
+    return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0
+
+
+def _inside(point: Point, goal: Point, number: int, references: Mapping[str, Any]) -> bool:
+    """Whether a point in pixels lies in the region of target `number`: its box, or a circle around it."""
+    width, height, metadata = references["width"], references["height"], references.get("metadata", {})
+    if boxes := metadata.get("boxes"):
+        left, top, right, bottom = boxes[number]
+        return left <= point[0] / width * 100 <= right and top <= point[1] / height * 100 <= bottom
+    radius = metadata.get("radius", FALLBACK_RADIUS)
+    return math.dist(point, goal) <= radius / 100 * max(width, height)
+
+
+def assignment(costs: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
+    """Pairs (row, column) of a rectangular cost matrix with the least sum, `min(rows, columns)` of them, by row.
+
+    Shortest augmenting paths with dual variables (Jonker and Volgenant 1987), O(rows^2 columns). Own code because
+    importing scipy takes longer than scoring a task.
+    """
+    if not costs or not costs[0]:
+        return []
+    if len(costs) > len(costs[0]):
+        return sorted((row, column) for column, row in assignment(list(zip(*costs, strict=True))))
+    rows, columns = len(costs), len(costs[0])
+    row_dual, column_dual = [0.0] * rows, [0.0] * columns
+    row_of: list[int | None] = [None] * columns
+    for start in range(rows):
+        _augment(costs, start, row_dual, column_dual, row_of)
+    return sorted((row, column) for column, row in enumerate(row_of) if row is not None)
+
+
+def _augment(
+    costs: Sequence[Sequence[float]],
+    start: int,
+    row_dual: list[float],
+    column_dual: list[float],
+    row_of: list[int | None],
+) -> None:
+    """Gives row `start` a column along the cheapest alternating path; changes the duals and `row_of` in place."""
+    columns = len(column_dual)
+    distance = [math.inf] * columns
+    before: list[int | None] = [None] * columns
+    done: list[int] = []
+    open_columns = set(range(columns))
+    row, last, reached = start, None, 0.0
+    while True:
+        for column in open_columns:
+            through = reached + costs[row][column] - row_dual[row] - column_dual[column]
+            if through < distance[column]:
+                distance[column], before[column] = through, last
+        last = min(open_columns, key=lambda column: (distance[column], column))
+        reached = distance[last]
+        open_columns.remove(last)
+        owner = row_of[last]
+        if owner is None:
+            break
+        done.append(last)
+        row = owner
+    row_dual[start] += reached
+    for column in done:
+        owner = row_of[column]
+        if owner is not None:
+            row_dual[owner] += reached - distance[column]
+            column_dual[column] -= reached - distance[column]
+    while last is not None:
+        previous = before[last]
+        row_of[last] = start if previous is None else row_of[previous]
+        last = previous

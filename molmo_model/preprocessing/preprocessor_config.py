@@ -1,0 +1,161 @@
+"""What decides tokens and crops besides the tokenizer: saved in every checkpoint as `molmo_preprocessor.json`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from molmo_model.config import CropMode, PointFormat, PreprocessingConfig, lookup
+from molmo_model.errors import CheckpointError, ConfigError
+from molmo_model.preprocessing.image import MAX_PIXELS, RESIZE_METHODS
+from molmo_model.preprocessing.prompts import MessageFormat, SystemPrompt
+from molmo_model.preprocessing.tiling import IM_COL, IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, TilingSpec
+
+CONFIG_FILE = "molmo_preprocessor.json"
+FORMAT_VERSION = 1
+
+
+class LossWeighting(Enum):
+    """How the loss is shared out among the conversations of one example."""
+
+    root_subsegments = "root_subsegments"
+    """Each of k conversations counts 1 / sqrt(k): more than one alone, less than k apart."""
+    none = "none"
+
+
+@dataclass(frozen=True)
+class PreprocessorConfig:
+    """Everything that decides tokens and crops, besides the tokenizer. Saved in every checkpoint."""
+
+    image_size: int
+    """Pixels per side of a crop."""
+    patch_size: int
+    pooling_size: tuple[int, int]
+    """Height and width of a pooling window in patches."""
+    resize: str
+    """A name of `image.RESIZE_METHODS`."""
+    vocab_size: int
+    """Rows of the language model's embedding: the id of the first image token."""
+    crop_mode: CropMode = CropMode.overlap_and_resize_c2
+    max_crops: int = 12
+    overlap_margins: tuple[int, int] = (4, 4)
+    max_images: int = 8
+    point_format: PointFormat = PointFormat.molmo_v1
+    system_prompt: SystemPrompt = SystemPrompt.none
+    message_format: MessageFormat = MessageFormat.none
+    loss_weighting: LossWeighting = LossWeighting.root_subsegments
+    max_image_pixels: int = MAX_PIXELS
+    """Larger images are refused from their header."""
+
+    def __post_init__(self) -> None:
+        lookup(RESIZE_METHODS, self.resize, "resize method")
+        if self.vocab_size < 1 or self.max_images < 1:
+            raise ConfigError(f"vocab_size {self.vocab_size} and max_images {self.max_images} must be at least 1")
+        _ = self.tiling  # refuses a geometry that cannot be
+
+    @classmethod
+    def build(
+        cls,
+        preprocessing: PreprocessingConfig,
+        *,
+        image_size: int,
+        patch_size: int,
+        pooling_size: int | Sequence[int],
+        resize: str,
+        vocab_size: int,
+    ) -> "PreprocessorConfig":
+        """The config of a model.
+
+        Args:
+            preprocessing: the section of the params.
+            image_size, patch_size, resize: of the vision encoder.
+            pooling_size: patches per side of a pooling window, or its height and width.
+            vocab_size: rows of the language model's embedding, which may be more than the tokenizer has tokens.
+
+        Raises:
+            ConfigError: an unknown name, or sizes that do not fit together.
+        """
+        pool = (pooling_size, pooling_size) if isinstance(pooling_size, int) else tuple(pooling_size)
+        margins = tuple(preprocessing.overlap_margins)
+        if len(margins) != 2 or len(pool) != 2:
+            raise ConfigError(f"overlap_margins {list(margins)} and pooling size {list(pool)} must be two numbers each")
+        return cls(
+            image_size=image_size,
+            patch_size=patch_size,
+            pooling_size=(pool[0], pool[1]),
+            resize=resize,
+            vocab_size=vocab_size,
+            crop_mode=preprocessing.crop_mode,
+            max_crops=preprocessing.max_crops,
+            overlap_margins=(margins[0], margins[1]),
+            max_images=preprocessing.max_images,
+            point_format=preprocessing.point_format,
+            system_prompt=_choice(SystemPrompt, preprocessing.system_prompt, "system_prompt"),
+        )
+
+    @property
+    def tiling(self) -> TilingSpec:
+        """The geometry's part of this config."""
+        return TilingSpec(
+            self.image_size, self.patch_size, self.pooling_size, self.overlap_margins, self.max_crops, self.crop_mode
+        )
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The id of every image token."""
+        return {token: self.vocab_size + place for place, token in enumerate(IMAGE_TOKENS)}
+
+    @property
+    def im_start_id(self) -> int:
+        return self.vocab_size + IM_START
+
+    @property
+    def im_end_id(self) -> int:
+        return self.vocab_size + IM_END
+
+    @property
+    def im_patch_id(self) -> int:
+        return self.vocab_size + IM_PATCH
+
+    @property
+    def im_col_id(self) -> int:
+        return self.vocab_size + IM_COL
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, with the version of the format."""
+        values = {k: v.value if isinstance(v, Enum) else v for k, v in asdict(self).items()}
+        return {"version": FORMAT_VERSION} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], source: str = CONFIG_FILE) -> "PreprocessorConfig":
+        """The config that `to_json` wrote.
+
+        Raises:
+            CheckpointError: another version, or unknown, missing or wrong values; names `source`.
+        """
+        fields = dict(raw)
+        if (version := fields.pop("version", None)) != FORMAT_VERSION:
+            raise CheckpointError(f"{source}: version is {version!r}, this code reads {FORMAT_VERSION}")
+        try:
+            for name, kind in _ENUMS.items():
+                fields[name] = kind(fields[name])
+            for name in ("pooling_size", "overlap_margins"):
+                first, second = fields[name]
+                fields[name] = (first, second)
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            raise CheckpointError(f"{source}: {error}") from error
+
+
+_ENUMS: dict[str, type[Enum]] = {
+    "crop_mode": CropMode,
+    "point_format": PointFormat,
+    "system_prompt": SystemPrompt,
+    "message_format": MessageFormat,
+    "loss_weighting": LossWeighting,
+}
+
+
+def _choice(kind: type[SystemPrompt], value: str, what: str) -> SystemPrompt:
+    choice: SystemPrompt = lookup({member.value: member for member in kind}, value, what)
+    return choice

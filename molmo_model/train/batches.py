@@ -1,0 +1,66 @@
+"""Where a training's batches come from: the plan of its mixture, read by the loader, encoded by the preprocessor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from molmo_model.config import TrainConfig
+from molmo_model.data.example import Example
+from molmo_model.data.loader import Loader, generator
+from molmo_model.data.mixture import Draw
+from molmo_model.data.plan import Plan
+from molmo_model.preprocessing.collator import collate
+from molmo_model.preprocessing.preprocessor import Encoded, Preprocessor
+from molmo_model.train.distributed import Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+SHARDS = "shards/"
+"""Prefix of the inputs of a training that are shards; the dataset's name follows."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes one draw of the plan; a class, so that worker processes can be handed it."""
+
+    preprocessor: Preprocessor
+
+    def __call__(self, example: Example, draw: Draw, key: int) -> Encoded:
+        return self.preprocessor.encode(example, draw.conversations, generator(key))
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Packs to tensors. Rows have `sequence_length` tokens, or are as short as the longest of them when that is None."""
+
+    preprocessor: Preprocessor
+    sequence_length: int | None
+
+    def __call__(self, packs: list[list[Encoded]]) -> "dict[str, torch.Tensor]":
+        return collate(packs, self.sequence_length, self.preprocessor.config, self.preprocessor.pad_id)
+
+
+def build_loader(inputs: Mapping[str, str], start: Path, train: TrainConfig, ranks: Ranks, workers: int) -> Loader:
+    """The loader of one rank.
+
+    Args:
+        inputs: paths of `mixture` and of `shards/<dataset>`.
+        start: checkpoint folder with the preprocessor.
+    """
+    shards = {name.removeprefix(SHARDS): path for name, path in inputs.items() if name.startswith(SHARDS)}
+    preprocessor = Preprocessor.from_pretrained(start)
+    # a GPU wants equal shapes in every step, a CPU no padding
+    length = train.sequence_length if ranks.device.type == "cuda" else None
+    return Loader(
+        Plan.load(inputs["mixture"], shards, train),
+        Encoder(preprocessor),
+        Collator(preprocessor, length),
+        rank=ranks.rank,
+        world=ranks.world,
+        packs_per_step=train.packs_per_step,
+        packs_per_microbatch=train.packs_per_microbatch,
+        workers=workers,
+        pin_memory=ranks.device.type == "cuda",
+    )

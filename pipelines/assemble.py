@@ -1,0 +1,94 @@
+"""Assembles the first weights of one model: random ones drawn from the seed, or pretrained parts put together.
+
+Reads the tokenizer and, where the params name them, pretrained parts; writes `artifacts/checkpoints/<model>` with one
+checkpoint, `step-000000`, of the same layout as a trained one: a folder that transformers loads, the tokenizer and
+`molmo_preprocessor.json`. Runs start from it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from molmo_model.artifacts import path_digest, write_manifest, write_text_atomic
+from molmo_model.config import checkpoint_name
+from pipelines.stage import Build, Key, Stage, main
+
+CHECKPOINT_SCHEMA = "molmo/checkpoint"
+CHECKPOINT_VERSION = 1
+
+
+def build(build: Build) -> dict[str, Any]:
+    """Writes `step-000000` and returns the number of parameters per component."""
+    from molmo_model.nn.build import build_model, parameter_counts
+    from molmo_model.nn.vision_encoder import VISION_ENCODERS
+    from molmo_model.preprocessing.preprocessor import Preprocessor
+    from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
+    from molmo_model.preprocessing.tokenizer import load_tokenizer
+
+    name = build.key["model"]
+    config = build.params.models[name]
+    model = build_model(config, build.params.seed)
+    preprocessing = PreprocessorConfig.build(
+        config.preprocessing,
+        image_size=model.config.vision_config.image_size,
+        patch_size=model.config.vision_config.patch_size,
+        pooling_size=config.connector.pooling_size,
+        resize=VISION_ENCODERS[config.vision.encoder].resize,
+        vocab_size=model.config.text_config.vocab_size,
+    )
+    _check_extra_ids(name, preprocessing.special_ids, preprocessing.im_patch_id, model.config)
+    step = build.out / Path(checkpoint_name(name, 0)).name
+    model.save_pretrained(step)
+    Preprocessor(preprocessing, load_tokenizer(config.tokenizer)).save_pretrained(step)
+    write_text_atomic(step / "params.json", json.dumps(build.stamp["params"], indent=1, sort_keys=True) + "\n")
+    summary: dict[str, Any] = {"step": 0, "parameters": parameter_counts(model)}
+    write_manifest(step, schema=CHECKPOINT_SCHEMA, version=CHECKPOINT_VERSION, summary=summary, **build.stamp)
+    return {"steps": [0], "parameters": summary["parameters"]}
+
+
+def _check_extra_ids(name: str, special_ids: dict[str, int], im_patch: int, config: Any) -> None:
+    """The preprocessor's image tokens must be what the model takes them for."""
+    from molmo_model.errors import ConfigError
+
+    rows = config.text_config.vocab_size + config.extra_vocab_size
+    if max(special_ids.values()) >= rows:
+        raise ConfigError(
+            f"models.{name}.language.extra_vocab_size is {config.extra_vocab_size}, "
+            f"but there are {len(special_ids)} image tokens; raise it to at least that"
+        )
+    if im_patch != config.image_token_id:
+        raise ConfigError(f"model {name}: <im_patch> is {im_patch} in the preprocessor, {config.image_token_id} in the model")
+
+
+def partitions(params: Any) -> list[dict[str, str]]:
+    return [{"model": name} for name in params.models]
+
+
+def fingerprints(params: Any, key: Key) -> dict[str, str]:
+    """Digests of the tokenizer and the pretrained parts where they are folders here, else their hub ids."""
+    from molmo_model.preprocessing.tokenizer import tokenizer_folder
+
+    model = params.models[key["model"]]
+    sources = {"vision.pretrained": model.vision.pretrained, "language.pretrained": model.language.pretrained}
+    folders = {name: Path(source) for name, source in sources.items() if source is not None}
+    folder = tokenizer_folder(model.tokenizer)
+    return {
+        "tokenizer": model.tokenizer if folder is None else path_digest(folder),
+        **{name: path_digest(path) if path.is_dir() else str(path) for name, path in folders.items()},
+    }
+
+
+STAGE = Stage(
+    name="assemble",
+    schema="molmo/checkpoints",
+    version=1,
+    keys=("model",),
+    out="artifacts/checkpoints/{model}",
+    params=("models.{model}", "seed"),
+    build=build,
+    partitions=partitions,
+    fingerprints=fingerprints,
+)
+
+if __name__ == "__main__":
+    main(STAGE)

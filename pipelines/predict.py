@@ -1,0 +1,140 @@
+"""Stage 1 of evaluation: asks one checkpoint the questions of one task and writes its answers.
+
+Answers are journalled as they come, under a key of everything that can change them, so a killed run goes on where it
+was, and an answer that any earlier run gave to the same question is not computed again. The only evaluation stage that
+needs torch, and only when something is left to ask.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stage import Build, Stage, main, state_root
+
+if TYPE_CHECKING:
+    from molmo_model.data.shards import ShardReader
+    from molmo_model.eval.journal import Journal
+    from molmo_model.eval.tasks import Item
+
+
+def build(stage: Build) -> dict[str, Any]:
+    """Fills the artefact with `predictions.jsonl` and the training references."""
+    from molmo_model.artifacts import read_manifest, verify_file
+    from molmo_model.data.shards import ShardReader
+    from molmo_model.eval import predictions, tasks
+    from molmo_model.eval.journal import Journal, identity_of
+    from molmo_model.source_digest import source_digest
+
+    name, folder = stage.key["task"], stage.inputs["checkpoint"]
+    task, precision = stage.params.tasks[name], stage.params.eval.precision
+    checkpoint = read_manifest(folder, "molmo/checkpoint")
+    reader = ShardReader(stage.inputs["shards"])
+    asked = tasks.items(task, name, reader)
+    prompts = _prompts(folder, asked)
+    decoding = {"strategy": "greedy", "max_new_tokens": task.max_new_tokens}
+    identity = identity_of(checkpoint, source_digest("molmo_model.eval.inference"), decoding, precision.value)
+    keys = [identity.key(item.images, prompt) for item, prompt in zip(asked, prompts, strict=True)]
+    with Journal(state_root() / "predict" / "journal" / identity.weights[:20], name) as journal:
+        for problem in journal.problems:
+            print(f"predict: journal: {problem}")
+        missing = [index for index, key in enumerate(keys) if journal.get(key) is None]
+        if missing:
+            for file, entry in checkpoint.files.items():
+                if "/" not in file:
+                    verify_file(folder / file, entry)
+            _ask(stage, journal, [asked[index] for index in missing], [keys[index] for index in missing], reader)
+        answers = [journal.get(key) or {} for key in keys]
+    rows = [
+        _row(item, prompt, answer, task.dataset) for item, prompt, answer in zip(asked, prompts, answers, strict=True)
+    ]
+    predictions.check(rows, "predictions")
+    predictions.write_jsonl(stage.out / predictions.FILE, rows)
+    predictions.write_jsonl(stage.out / predictions.TRAINING_FILE, tasks.training_references(task, reader))
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    return {"items": len(rows), "examples": len({row["example_id"] for row in rows}), "cut_off": cut}
+
+
+def _prompts(folder: Path, asked: "Sequence[Item]") -> list[list[str]]:
+    """Per item the texts of its turns, before the answer, as the checkpoint's preprocessor writes them."""
+    import json
+
+    from molmo_model.preprocessing import prompts
+    from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
+
+    path = folder / CONFIG_FILE
+    config = PreprocessorConfig.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    texts = (prompts.choices(item.asked, config.system_prompt, config.message_format) for item in asked)
+    return [prompts.draw(choices, None)[:-1] for choices in texts]
+
+
+def _ask(stage: Build, journal: "Journal", asked: "Sequence[Item]", keys: Sequence[str], reader: "ShardReader") -> None:
+    """Computes the missing answers, the most expensive first, and journals every batch."""
+    from dataclasses import asdict
+
+    import torch
+    from tqdm import tqdm
+
+    from molmo_model.eval.inference import Predictor, Question, batches
+
+    task, size = stage.params.tasks[stage.key["task"]], stage.params.runtime.eval_batch_size
+    predictor = Predictor.load(stage.inputs["checkpoint"], stage.params.eval.precision)
+    made = {
+        "batch_size": size,
+        "ranks": 1,
+        "device": predictor.model.device.type,
+        "threads": torch.get_num_threads(),
+        "checkpoint": stage.key["checkpoint"],
+    }
+    costs = [predictor.cost(Question(item.example, item.conversation)) for item in asked]
+    with tqdm(total=len(asked), desc=" ".join(stage.key.values()), unit="answer", mininterval=0.5) as bar:
+        for batch in batches(costs, size):
+            questions = [Question(reader.read(asked[index].row), asked[index].conversation) for index in batch]
+            answers = predictor.answer(questions, task.max_new_tokens)
+            records = [asdict(answer) for answer in answers]
+            journal.append(zip([keys[index] for index in batch], records, strict=True), made)
+            bar.update(len(batch))
+
+
+def _row(item: "Item", prompt: Sequence[str], answer: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """One row of `predictions.jsonl`."""
+    from molmo_model.eval.tasks import references
+
+    return {
+        "id": item.id,
+        "example_id": item.example.id,
+        "conversation": item.conversation,
+        "style": item.asked.style,
+        "prompt": "".join(prompt),
+        "prediction": answer["text"],
+        "references": references(item),
+        "finish_reason": answer["finish_reason"],
+        "tokens": answer["tokens"],
+        "prompt_tokens": answer["prompt_tokens"],
+        "image": {"dataset": dataset, "row": item.row, "sha256": list(item.images)},
+    }
+
+
+def _inputs(params: Any, key: Any) -> dict[str, str]:
+    return {
+        "checkpoint": f"artifacts/checkpoints/{key['checkpoint']}",
+        "shards": f"artifacts/shards/{params.tasks[key['task']].dataset}",
+    }
+
+
+STAGE = Stage(
+    name="predict",
+    schema="molmo/predictions",
+    version=1,
+    keys=("checkpoint", "task"),
+    out="artifacts/predictions/{checkpoint}/{task}",
+    params=("eval.precision", "tasks.{task}"),
+    build=build,
+    partitions=lambda params: [
+        {"checkpoint": checkpoint, "task": task} for checkpoint, task in product(params.eval.checkpoints, params.tasks)
+    ],
+    inputs=_inputs,
+)
+
+if __name__ == "__main__":
+    main(STAGE)

@@ -1,0 +1,118 @@
+"""The metric report: one self-contained page that compares the checkpoints of `eval.checkpoints` over all tasks.
+
+Scores with intervals beside the majority answer, curves, examples with pictures and points, and the lineage of every
+number; also as CSV and JSON. No torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipelines.stage import Build, Stage, main
+
+
+def build(stage: Build) -> dict[str, Any]:
+    """Collects scorecards, predictions, pictures and losses, and writes the report."""
+    from functools import cache
+
+    from molmo_model.data.shards import ShardReader
+    from molmo_model.eval import report
+
+    @cache
+    def reader(dataset: str) -> ShardReader:
+        return ShardReader(stage.inputs[f"shards/{dataset}"])
+
+    checkpoints, tasks = stage.params.eval.checkpoints, stage.params.tasks
+    results = {task: {name: _evaluated(stage, name, task) for name in checkpoints} for task in tasks}
+    inputs = report.Inputs(
+        results=results,
+        losses={run: _losses(stage.inputs[f"checkpoints/{run}"]) for run in _runs(stage.params)},
+        pictures=lambda dataset, row: reader(dataset).read(row).images,
+        confidence=stage.params.eval.confidence,
+        examples=stage.params.eval.report_examples,
+        checkpoints=checkpoints,
+        params={run: _params(stage.inputs[f"checkpoints/{run}"]) for run in _runs(stage.params)},
+    )
+    return report.write(inputs, stage.out)
+
+
+def _evaluated(stage: Build, checkpoint: str, task: str) -> Any:
+    """One checkpoint's result in one task, with its lineage."""
+    from molmo_model.artifacts import read_manifest
+    from molmo_model.eval import predictions
+    from molmo_model.eval.report import Evaluated, Lineage
+
+    card, folder = stage.inputs[f"scorecards/{checkpoint}"], stage.inputs[f"predictions/{checkpoint}/{task}"]
+    metrics = json.loads((card / "scorecard.json").read_text(encoding="utf-8"))["tasks"][task]
+    manifest = read_manifest(folder, predictions.SCHEMA)
+    return Evaluated(
+        metrics=metrics,
+        lineage=Lineage(
+            predictions=manifest.digest,
+            metrics=metrics["digest"],
+            weights=manifest.inputs["checkpoint"],
+            shards=manifest.inputs["shards"],
+            code=manifest.code,
+            params=manifest.params,
+        ),
+        predictions=predictions.read_predictions(folder / predictions.FILE),
+        scores=predictions.read_jsonl(card / "scores" / f"{task}.jsonl"),
+    )
+
+
+def _losses(folder: Path) -> list[tuple[int, float]]:
+    """The loss of every step of a run."""
+    from molmo_model.train.metrics_log import METRICS, read_metrics
+
+    return [(line["step"], line["loss"]) for line in read_metrics(folder / METRICS)]
+
+
+def _params(folder: Path) -> dict[str, Any]:
+    """The params that a run was trained with."""
+    from molmo_model.artifacts import read_manifest
+
+    return read_manifest(folder).params
+
+
+def _runs(params: Any) -> list[str]:
+    """The runs whose checkpoints are compared."""
+    return list(dict.fromkeys(name for c in params.eval.checkpoints if (name := c.partition("/")[0]) in params.runs))
+
+
+def _inputs(params: Any, key: Any) -> dict[str, str]:
+    checkpoints = params.eval.checkpoints
+    return {
+        **{f"scorecards/{name}": f"artifacts/scorecards/{name}" for name in checkpoints},
+        **{
+            f"predictions/{name}/{task}": f"artifacts/predictions/{name}/{task}"
+            for name in checkpoints
+            for task in params.tasks
+        },
+        **{f"shards/{task.dataset}": f"artifacts/shards/{task.dataset}" for task in params.tasks.values()},
+        **{f"checkpoints/{run}": f"artifacts/checkpoints/{run}" for run in _runs(params)},
+    }
+
+
+def _templates(params: Any, key: Any) -> dict[str, str]:
+    """The page's template, style and script: part of the code that is no Python."""
+    from molmo_model.artifacts import path_digest
+    from molmo_model.source_digest import ROOT
+
+    return {"templates": path_digest(ROOT / "molmo_model" / "eval" / "templates")}
+
+
+STAGE = Stage(
+    name="report",
+    schema="molmo/report",
+    version=1,
+    keys=(),
+    out="artifacts/report",
+    params=("eval",),
+    build=build,
+    partitions=lambda params: [{}],
+    inputs=_inputs,
+    fingerprints=_templates,
+)
+
+if __name__ == "__main__":
+    main(STAGE)

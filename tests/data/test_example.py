@@ -1,0 +1,146 @@
+"""The one form of an example: what it refuses, and that JSON keeps it whole."""
+
+import copy
+import json
+
+import pytest
+
+from molmo_model.data.example import Conversation, Example, ExampleError, Image, Message, item_id, plain_problem
+from molmo_model.errors import DataError
+
+PICTURE = Image(b"picture bytes", 640, 480, "JPEG")
+
+
+def conversation(**changes):
+    fields = {"style": "chat", "messages": (Message("user", "What is it?"), Message("assistant", "A cat."))}
+    return Conversation(**{**fields, **changes})
+
+
+def example(**changes):
+    fields = {"id": "cat-1", "images": (PICTURE,), "conversations": (conversation(),), "metadata": {"a": [1, None]}}
+    return Example(**{**fields, **changes})
+
+
+def pointing(points, label="cat"):
+    return conversation(messages=(Message("user", label="cat"), Message("assistant", points=points, label=label)))
+
+
+def test_json_keeps_everything():
+    whole = example(
+        images=(PICTURE, Image(b"other", 1, 2, "PNG")),
+        conversations=(
+            conversation(weight=0.5, metadata={"answers": ["Katze", "ネコ"], "area": 0.25}),
+            pointing(((10.5, 20.0), (0.0, 100.0))),
+            pointing(()),
+        ),
+    )
+    text = json.dumps(whole.to_json())
+    again = Example.from_json(json.loads(text), [image.data for image in whole.images])
+    assert again == whole
+    assert again.content_hash() == whole.content_hash()
+    assert "picture bytes" not in text
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        example(id="cat-2"),
+        example(images=(Image(b"picture byteZ", 640, 480, "JPEG"),)),
+        example(images=(Image(b"picture bytes", 641, 480, "JPEG"),)),
+        example(conversations=(conversation(weight=2.0),)),
+        example(conversations=(conversation(style="qa"),)),
+        example(conversations=(conversation(metadata={"x": 1}),)),
+        example(metadata={}),
+    ],
+)
+def test_content_hash_sees_every_part(changed):
+    assert changed.content_hash() != example().content_hash()
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"id": ""}, "id"),
+        ({"id": 7}, "id"),
+        ({"conversations": ()}, "conversations"),
+        ({"images": (Image(b"", 1, 1, "PNG"),)}, "images[0].data"),
+        ({"images": (Image(b"x", 0, 1, "PNG"),)}, "images[0].width"),
+        ({"images": (Image(b"x", 1, 1.0, "PNG"),)}, "images[0].height"),
+        ({"images": (Image(b"x", 1, 1, ""),)}, "images[0].format"),
+        ({"metadata": {"a": {"b": [float("nan")]}}}, "metadata.a.b[0]"),
+        ({"metadata": {"a": (1, 2)}}, "metadata.a"),
+        ({"metadata": {1: 2}}, "metadata"),
+        ({"metadata": {"a": "\ud800"}}, "metadata.a"),
+        ({"conversations": (conversation(style=""),)}, "conversations[0].style"),
+        ({"conversations": (conversation(weight=0.0),)}, "conversations[0].weight"),
+        ({"conversations": (conversation(weight=float("inf")),)}, "conversations[0].weight"),
+        ({"conversations": (conversation(weight=10**400),)}, "conversations[0].weight"),
+        ({"conversations": (conversation(messages=()),)}, "conversations[0].messages"),
+        ({"conversations": (conversation(messages=(Message("user", "hm"),)),)}, "conversations[0].messages"),
+        (
+            {"conversations": (conversation(messages=(Message("assistant", "a"), Message("user", "b"))),)},
+            "conversations[0].messages[0].role",
+        ),
+        (
+            {"conversations": (conversation(messages=(Message("user", "a"), Message("assistant", " \n"))),)},
+            "conversations[0].messages[1].text",
+        ),
+        (
+            {"conversations": (conversation(messages=(Message("user", "a"), Message("assistant"))),)},
+            "conversations[0].messages[1]",
+        ),
+        ({"conversations": (conversation(), pointing(((1.0, 100.1),)))}, "conversations[1].messages[1].points[0]"),
+        ({"conversations": (pointing(((1.0, float("nan")),)),)}, "conversations[0].messages[1].points[0]"),
+        ({"conversations": (pointing(((1.0, 2.0, 3.0),)),)}, "conversations[0].messages[1].points[0]"),
+        ({"conversations": (pointing(((1.0, 2.0),), label=None),)}, "conversations[0].messages[1].label"),
+        ({"conversations": (pointing(((1.0, 2.0),)),), "images": ()}, "conversations[0].messages[1].points"),
+    ],
+)
+def test_refuses_what_no_example_may_be(changes, field):
+    with pytest.raises(ExampleError) as error:
+        example(**changes)
+    assert error.value.field == field
+    assert field in str(error.value)
+    assert repr(changes.get("id", "cat-1")) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (("extra",), 1, "example"),
+        (("images",), {}, "images"),
+        (("images", 0, "sha256"), "0" * 64, "images[0].sha256"),
+        (("images", 0, "mime"), "x", "images[0]"),
+        (("conversations",), "text", "conversations"),
+        (("conversations", 0, "messages", 0, "content"), "x", "conversations[0].messages[0]"),
+        (("conversations", 0, "messages", 1, "points"), 3, "conversations[0].messages[1].points"),
+        (("conversations", 0, "metadata"), [], "conversations[0].metadata"),
+    ],
+)
+def test_json_that_is_not_as_written_is_refused(path, value, field):
+    raw = copy.deepcopy(example().to_json())
+    place = raw
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(DataError, match=r"'cat-1'") as error:
+        Example.from_json(raw, [PICTURE.data])
+    assert error.value.field == field
+
+
+def test_a_missing_field_and_other_bytes_are_refused():
+    raw = example().to_json()
+    with pytest.raises(DataError, match=r"describes 1 images, but 2"):
+        Example.from_json(raw, [b"a", b"b"])
+    with pytest.raises(DataError, match=r"images\[0\].sha256"):
+        Example.from_json(raw, [b"other bytes"])
+    assert Example.from_json(raw, [b"other bytes"], verify=False).images[0].data == b"other bytes"
+    del raw["conversations"][0]["weight"]
+    with pytest.raises(DataError, match=r"lacks \['weight'\]"):
+        Example.from_json(raw, [PICTURE.data])
+
+
+def test_item_ids_and_plain_values():
+    assert item_id(example(), 3) == "cat-1#3"
+    assert plain_problem({"a": [1, 2.5, "x", None, True, {"b": []}]}, "m") is None
+    assert plain_problem([1, [object()]], "m") == ("m[1][0]", "is a object, which is not plain JSON")

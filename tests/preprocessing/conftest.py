@@ -1,0 +1,31 @@
+"""Small preprocessors for the tests of this room."""
+
+from collections.abc import Callable
+
+import pytest
+
+from molmo_model.config import PreprocessingConfig
+from molmo_model.preprocessing.preprocessor import Preprocessor
+from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
+from molmo_model.preprocessing.tokenizer import load_tokenizer
+
+TOKENIZER = "molmo_model/preprocessing/tokenizers/bytes512"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def build(tokenizer) -> Callable[..., Preprocessor]:
+    """A preprocessor for 64-pixel crops of 16-pixel patches; keywords change the params' section."""
+
+    def make(vocab_size: int = 520, **section) -> Preprocessor:
+        preprocessing = PreprocessingConfig(**{"max_crops": 4, "overlap_margins": [1, 1], **section})
+        config = PreprocessorConfig.build(
+            preprocessing, image_size=64, patch_size=16, pooling_size=2, resize="siglip", vocab_size=vocab_size
+        )
+        return Preprocessor(config, tokenizer)
+
+    return make
