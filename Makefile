@@ -16,7 +16,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test test-fast check format deps clean clean-artifacts
+.PHONY: help setup demo dagster-home dev test test-fast check format deps clean clean-artifacts
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | \
@@ -31,17 +31,19 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## train, evaluate and report on real digits and charts, a few minutes on two cores
+demo: setup dagster-home ## train, evaluate and report on real digits and charts, a few minutes on two cores
 	dvc repro
 	python -m molmo_assets.sync
 	@echo
 	@echo "The report:  artifacts/report/index.html   (open it in a browser; it needs no network)"
 	@echo "The lineage: make dev, then http://127.0.0.1:$(DAGSTER_PORT)"
 
+dagster-home: $(DAGSTER_HOME)/dagster.yaml ## make .dagster, the folder of Dagster's runs and events, with its settings
+
 $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 	@mkdir -p $(@D) && cp $< $@
 
-dev: setup $(DAGSTER_HOME)/dagster.yaml ## open the lineage graph in the Dagster UI (DAGSTER_PORT=3000)
+dev: setup dagster-home ## open the lineage graph in the Dagster UI (DAGSTER_PORT=3000)
 	dagster dev -h 127.0.0.1 -p $(DAGSTER_PORT) -w workspace.yaml
 
 test: setup ## all tests, the slow ones too

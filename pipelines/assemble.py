@@ -57,7 +57,9 @@ def _check_extra_ids(name: str, special_ids: dict[str, int], im_patch: int, conf
             f"but there are {len(special_ids)} image tokens; raise it to at least that"
         )
     if im_patch != config.image_token_id:
-        raise ConfigError(f"model {name}: <im_patch> is {im_patch} in the preprocessor, {config.image_token_id} in the model")
+        raise ConfigError(
+            f"model {name}: <im_patch> is {im_patch} in the preprocessor, {config.image_token_id} in the model"
+        )
 
 
 def partitions(params: Any) -> list[dict[str, str]]:

@@ -3,8 +3,8 @@
 Joins the shards of the run's datasets with what its model's preprocessor says that each example costs (no pixel is
 looked at) and writes `artifacts/mixture/<run>`: `mixture.json` (entries with rates that sum to 1, digests of the
 shards, fill of the packs), `costs.parquet`, `schedule.parquet` and `packs.parquet`, from which training finds any step
-at once. Refuses a run whose training rows show a picture of the evaluation rows, and one that draws an example too large
-for a pack.
+at once. Refuses a run whose training rows show a picture of the evaluation rows, and one that draws an example too
+large for a pack.
 """
 
 from collections.abc import Callable
@@ -30,13 +30,13 @@ def build(build: Build) -> dict[str, Any]:
     run = build.params.runs[build.key["run"]]
     readers = {name: ShardReader(build.inputs[f"shards/{name}"]) for name in _datasets(build.params, build.key)}
     preprocessor = Preprocessor.from_pretrained(build.inputs["model"] / "step-000000")
-    with tqdm(desc=f"costs {build.key['run']}", unit=" examples", delay=2, mininterval=0.5) as bar:
+    with tqdm(desc=f"costs {build.key['run']}", unit=" examples", delay=2, mininterval=1) as bar:
         mixture = resolve(run.mixture, build.params.seed, readers, _counted(_cost_of(preprocessor), bar.update))
     leaks = check_leaks(mixture, readers)
     mixture.info["shards"] = {name: reader.digest for name, reader in readers.items()}
     mixture.info["allowed_leaks"] = [leak.train[1] for leak in leaks]
     packs = run.train.steps * run.train.packs_per_step
-    with tqdm(total=packs, desc=f"packs {build.key['run']}", unit=" packs", delay=2, mininterval=0.5) as bar:
+    with tqdm(total=packs, desc=f"packs {build.key['run']}", unit=" packs", delay=2, mininterval=1) as bar:
         mixture = plan_packs(Plan.of(mixture, readers, run.train), packs, lambda done: bar.update(done - bar.n))
     mixture.save(build.out, {name: reader.index["id"].to_pylist() for name, reader in readers.items()})
     packing = mixture.info["packing"]

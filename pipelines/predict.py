@@ -6,6 +6,7 @@ needs torch, and only when something is left to ask.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pipelines.stage import Build, Stage, main, state_root
 
 if TYPE_CHECKING:
+    from molmo_model.config import Precision
     from molmo_model.data.shards import ShardReader
+    from molmo_model.eval.inference import Predictor
     from molmo_model.eval.journal import Journal
     from molmo_model.eval.tasks import Item
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 def build(stage: Build) -> dict[str, Any]:
     """Fills the artefact with `predictions.jsonl` and the training references."""
     from molmo_model.artifacts import read_manifest, verify_file
+    from molmo_model.data.schemas import check_table
     from molmo_model.data.shards import ShardReader
     from molmo_model.eval import predictions, tasks
     from molmo_model.eval.journal import Journal, identity_of
@@ -48,7 +52,7 @@ def build(stage: Build) -> dict[str, Any]:
     rows = [
         _row(item, prompt, answer, task.dataset) for item, prompt, answer in zip(asked, prompts, answers, strict=True)
     ]
-    predictions.check(rows, "predictions")
+    check_table(rows, "predictions")
     predictions.write_jsonl(stage.out / predictions.FILE, rows)
     predictions.write_jsonl(stage.out / predictions.TRAINING_FILE, tasks.training_references(task, reader))
     cut = sum(row["finish_reason"] == "length" for row in rows)
@@ -68,6 +72,14 @@ def _prompts(folder: Path, asked: "Sequence[Item]") -> list[list[str]]:
     return [prompts.draw(choices, None)[:-1] for choices in texts]
 
 
+@lru_cache(maxsize=1)
+def _predictor(folder: Path, digest: str, precision: "Precision") -> "Predictor":
+    """The model of a checkpoint, kept for its next task; `digest` tells a checkpoint from another in its place."""
+    from molmo_model.eval.inference import Predictor
+
+    return Predictor.load(folder, precision)
+
+
 def _ask(stage: Build, journal: "Journal", asked: "Sequence[Item]", keys: Sequence[str], reader: "ShardReader") -> None:
     """Computes the missing answers, the most expensive first, and journals every batch."""
     from dataclasses import asdict
@@ -75,10 +87,10 @@ def _ask(stage: Build, journal: "Journal", asked: "Sequence[Item]", keys: Sequen
     import torch
     from tqdm import tqdm
 
-    from molmo_model.eval.inference import Predictor, Question, batches
+    from molmo_model.eval.inference import Question, batches
 
     task, size = stage.params.tasks[stage.key["task"]], stage.params.runtime.eval_batch_size
-    predictor = Predictor.load(stage.inputs["checkpoint"], stage.params.eval.precision)
+    predictor = _predictor(stage.inputs["checkpoint"], stage.stamp["inputs"]["checkpoint"], stage.params.eval.precision)
     made = {
         "batch_size": size,
         "ranks": 1,

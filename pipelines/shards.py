@@ -62,26 +62,26 @@ def _good(rows: "Iterable[tuple[str, Example | BadRow]]", problems: "list[BadRow
 
 
 def _check_tolerance(name: str, good: int, problems: "list[BadRow]", tolerance: float, listed: str) -> None:
-    """Refuses a dataset with too many bad rows, or with no good one."""
+    """Refuses a dataset with too many bad rows, or with none at all."""
     total = good + len(problems)
     first = "".join(
         f"\n  {bad.file}:{bad.line} id {bad.id!r} field {bad.field}: {bad.reason}" for bad in problems[:SHOWN_PROBLEMS]
     )
     more = f"\n  and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    if len(problems) > tolerance * total:
+    if problems and len(problems) / total > tolerance:  # 0.29 * 100 is less than 29, but 29 / 100 is 0.29
         raise DataError(
             f"dataset {name!r}: {len(problems)} of {total} rows are bad ({len(problems) / total:.2%}), "
             f"datasets.{name}.tolerance allows {tolerance:.2%}; mend them or raise it. All in {listed}:{first}{more}"
         )
     if not good:
-        raise DataError(f"dataset {name!r}: none of its {total} rows is an example{':' if first else ''}{first}{more}")
+        raise DataError(f"dataset {name!r} is empty; check datasets.{name} in the params")
 
 
 def _progress(rows: "Iterable[tuple[str, Example]]", title: str) -> "Iterable[tuple[str, Example]]":
     """The rows, with a bar on stderr once they take longer than a few seconds."""
     from tqdm import tqdm
 
-    return tqdm(rows, desc=title, unit=" examples", delay=2, mininterval=0.5)
+    return tqdm(rows, desc=title, unit=" examples", delay=2, mininterval=1)
 
 
 def fingerprints(params: Any, key: Key) -> dict[str, str]:

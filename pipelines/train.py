@@ -1,8 +1,8 @@
 """Trains one run: torchrun and FSDP2 over the ranks of this machine, exactly resumable.
 
 Prints what the run will need, refuses what cannot fit, then starts `torchrun` as a child and follows it. Checkpoints
-appear under artifacts/checkpoints/<run>/ as soon as each is written and hashed. SIGTERM or Ctrl-C saves the state and ends
-with exit code 75; running the same command again goes on from there, and gives the same bits as an unbroken run.
+appear under artifacts/checkpoints/<run>/ as soon as each is written and hashed. SIGTERM or Ctrl-C saves the state and
+ends with exit code 75; running the same command again goes on from there, and gives the bits of an unbroken run.
 """
 
 import contextlib
@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molmo_model.artifacts import link_tree, read_manifest
+from molmo_model.artifacts import read_manifest
 from molmo_model.config import Params, checkpoint_name, model_of, saved_steps, to_dict
-from molmo_model.errors import CheckpointError, MolmoError
+from molmo_model.errors import CheckpointError
 from pipelines.stage import Build, Key, Stage, main
 
 if TYPE_CHECKING:  # runs in the child, never here; stands here so that it is part of the stage's code digest
     import molmo_model.train.worker  # noqa: F401
 
+WORKER = "molmo_model.train.worker"
 STOPPED = 75
 """Exit code of a run that was stopped on request with its state saved: EX_TEMPFAIL, try again."""
 GRACE_SECONDS = 8.0
@@ -62,10 +63,13 @@ def build(build: Build) -> dict[str, Any]:
         SystemExit: with code 75, stopped on request.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    training = _Training(build)
-    training.prepare()
-    training.run()
-    return training.finish()
+    from molmo_model.train.supervisor import exclusive
+
+    with exclusive(build.work / "lock") as lock:
+        training = _Training(build)
+        training.prepare()
+        training.run(lock)
+        return training.finish()
 
 
 class _Training:
@@ -90,7 +94,7 @@ class _Training:
     def prepare(self) -> None:
         """Preflight, clean folders, and whatever is finished made visible again."""
         from molmo_model.train import preflight
-        from molmo_model.train.job import ERRORS
+        from molmo_model.train.job import ERRORS, MEETING
 
         build, done = self.build, self.resume[0] if self.resume else 0
         saved = [step for step, path in self.valid if path.parent == build.out]
@@ -106,15 +110,17 @@ class _Training:
         print("\n".join(preflight.lines(self.run_name, self.config, need, machine)), flush=True)
         preflight.check(self.config, need, machine)
         self.grace += need.checkpoint_bytes / SLOW_DISK
-        shutil.rmtree(build.work / ERRORS, ignore_errors=True)
+        for name in (ERRORS, MEETING):
+            shutil.rmtree(build.work / name, ignore_errors=True)
+        (build.work / MEETING).mkdir()
         self.timings.parent.mkdir(parents=True, exist_ok=True)
         for step in saved:
             self.publish(step)
 
-    def run(self) -> None:
+    def run(self, lock: int) -> None:
         """torchrun, from start to end."""
         from molmo_model.train import supervisor
-        from molmo_model.train.job import ERRORS, EVENTS, Job
+        from molmo_model.train.job import ERRORS, EVENTS, MEETING, Job
 
         build = self.build
         if self.resume is not None and self.resume[0] >= self.config.steps:
@@ -138,9 +144,11 @@ class _Training:
                     report(self.handle(event))
                     show(event)
 
+            meeting = (build.work / MEETING / "agent").resolve()
             code, asked = supervisor.supervise(
-                supervisor.torchrun_command("molmo_model.train.worker", str(job.write()), self.config.processes),
+                supervisor.torchrun_command(WORKER, str(job.write()), self.config.processes, meeting),
                 environment=supervisor.child_environment(self.config.threads),
+                lock=lock,
                 output=output,
                 poll=poll,
                 grace_seconds=self.grace,
@@ -188,7 +196,9 @@ class _Training:
         build = self.build
         metrics = read_metrics(build.work / METRICS)
         if [line["step"] for line in metrics] != list(range(1, self.config.steps + 1)):
-            raise CheckpointError(f"{build.work / METRICS} does not hold steps 1 to {self.config.steps}; delete {build.work.parent}")
+            raise CheckpointError(
+                f"{build.work / METRICS} does not hold steps 1 to {self.config.steps}; delete {build.work.parent}"
+            )
         shutil.copyfile(build.work / METRICS, build.out / METRICS)
         write_loss_curve(metrics, build.out / LOSS_CURVE)
         shutil.rmtree(self.stopped_folder, ignore_errors=True)

@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from molmo_model.artifacts import write_text_atomic
 from molmo_model.config import MixtureEntry
 from molmo_model.data.example import Example
 from molmo_model.data.order import Ints, Keys, Order, Schedule, Source, Window, key_of, resolve_shares, subkey
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shards import ShardReader, numbers, read_columns
 from molmo_model.errors import ArtifactError, ConfigError, DataError
 
 SCHEMA = "molmo/mixture"
@@ -143,9 +142,9 @@ class Mixture:
             if info.get("version") != VERSION:
                 raise ArtifactError(f"{path}/mixture.json: version {info.get('version')}, this code reads {VERSION}")
             names = ["entry", "row", "key", "tokens", "crops", "conversations", "conversation_tokens"]
-            costs = pq.read_table(path / "costs.parquet", columns=names)
-            table = pq.read_table(path / "schedule.parquet")["entry"].to_numpy()
-            counts = pq.read_table(path / "packs.parquet")["packs"].to_numpy().astype(np.int64)
+            costs = read_columns(path / "costs.parquet", names)
+            table = numbers(read_columns(path / "schedule.parquet")["entry"])
+            counts = numbers(read_columns(path / "packs.parquet")["packs"]).astype(np.int64)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} is no readable mixture ({error}); run the mixture stage") from error
         entries = [_entry_of(costs, number, raw) for number, raw in enumerate(info["entries"])]
@@ -331,26 +330,25 @@ def _lists(entry: Entry) -> tuple[Ints, Ints]:
 
 
 def _entry_of(costs: pa.Table, number: int, raw: Mapping[str, Any]) -> Entry:
-    rows = costs.filter(pa.compute.equal(costs["entry"], number)).combine_chunks()
+    first, last = np.searchsorted(numbers(costs["entry"]), [number, number + 1])
+    rows = costs.slice(first, last - first)
     fields = ("dataset", "styles", "max_conversations")
     config = MixtureEntry(rate=raw["requested_rate"], **{name: raw[name] for name in fields})
-    lengths = pa.compute.list_value_length(rows["conversations"]).to_numpy()
+    conversations, tokens = (rows[name].combine_chunks() for name in ("conversations", "conversation_tokens"))
+    starts = numbers(conversations.offsets).astype(np.int64)
     return Entry(
         name=raw["name"],
         config=config,
         share=raw["share"],
-        rows=rows["row"].to_numpy(),
-        keys=rows["key"].to_numpy(),
-        tokens=rows["tokens"].to_numpy().astype(np.int64),
-        crops=rows["crops"].to_numpy().astype(np.int64),
-        starts=np.cumsum(np.concatenate([[0], lengths])).astype(np.int64),
-        conversations=_flat(rows["conversations"]),
-        conversation_tokens=_flat(rows["conversation_tokens"]),
+        rows=numbers(rows["row"]),
+        keys=numbers(rows["key"]),
+        tokens=numbers(rows["tokens"]).astype(np.int64),
+        crops=numbers(rows["crops"]).astype(np.int64),
+        starts=starts - starts[0],
+        # not `flatten`, which imports all of arrow's compute functions
+        conversations=numbers(conversations.values)[starts[0] : starts[-1]].astype(np.int64),
+        conversation_tokens=numbers(tokens.values)[starts[0] : starts[-1]].astype(np.int64),
     )
-
-
-def _flat(lists: pa.ChunkedArray) -> NDArray[np.int64]:
-    return pa.compute.list_flatten(lists).to_numpy().astype(np.int64)
 
 
 @dataclass(frozen=True)

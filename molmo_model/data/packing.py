@@ -115,7 +115,7 @@ class Packing:
             )
         self.capacity, self.window = capacity, window
         self._costs_at, self._name_at = costs_at, name_at
-        self._ends: list[int] = list(itertools.accumulate(int(count) for count in counts))
+        self._ends: list[int] = np.cumsum(np.asarray(counts, np.int64)).tolist()
         """Number of packs in all windows up to and including each."""
         self._planned: OrderedDict[int, list[list[int]]] = OrderedDict()
 

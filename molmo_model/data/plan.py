@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +50,11 @@ class Plan:
     @classmethod
     def of(cls, mixture: Mixture, readers: Mapping[str, ShardReader], train: TrainConfig) -> "Plan":
         """The plan of a mixture at hand; its pack counts are used if they were made for these capacities."""
-
-        def name_at(position: int) -> str:
-            draw = mixture.draws([position])[0]
-            return f"example {readers[draw.dataset].index['id'][draw.row].as_py()!r} of dataset {draw.dataset!r}"
-
         capacity = Capacity(train.sequence_length, train.crops_per_pack)
         planned = mixture.info.get("packing", {})
         same = all(planned.get(name) == value for name, value in packing_of(train).items())
         counts = mixture.pack_counts if same else ()
+        name_at = partial(_name_at, mixture, readers)
         return cls(mixture, Packing(mixture.costs_at, capacity, train.packing_window, counts, name_at), readers)
 
     def pack(self, number: int) -> list[Draw]:
@@ -72,6 +69,12 @@ class Plan:
         """What to call a draw in an error."""
         reader = self.readers[draw.dataset]
         return f"example {reader.index['id'][draw.row].as_py()!r} of dataset {draw.dataset!r} (row {draw.row})"
+
+
+def _name_at(mixture: Mixture, readers: Mapping[str, ShardReader], position: int) -> str:
+    """What to call a position in an error."""
+    (draw,) = mixture.draws([position])
+    return f"example {readers[draw.dataset].index['id'][draw.row].as_py()!r} of dataset {draw.dataset!r}"
 
 
 def packing_of(train: TrainConfig) -> dict[str, int]:

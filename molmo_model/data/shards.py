@@ -26,10 +26,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from molmo_model.artifacts import canonical_json, read_manifest
 from molmo_model.data.example import SPLITS, Example
 from molmo_model.errors import ArtifactError, DataError
+
+Ints = NDArray[np.int64]
 
 SCHEMA = "molmo/shards"
 INDEX = "index.parquet"
@@ -104,6 +107,20 @@ def member_key(example_id: str) -> str:
     return f"{readable}_{hashlib.sha256(example_id.encode()).hexdigest()[:20]}"
 
 
+def read_columns(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file as one chunk per column."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns).combine_chunks()
+
+
+def numbers(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """A column of numbers without nulls as an array. Arrow's own `to_numpy` imports pandas, which takes longer than to
+    find one's place in a training of weeks."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return np.from_dlpack(column)
+
+
 class ShardReader:
     """Random access to the examples of one `shards/<dataset>` folder; safe under threads, fork and pickling.
 
@@ -114,7 +131,7 @@ class ShardReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self.index: pa.Table = pq.read_table(self.path / INDEX)
+            self.index: pa.Table = read_columns(self.path / INDEX)
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{self.path / INDEX} cannot be read ({error}); run the shards stage") from error
         if not self.index.schema.equals(INDEX_SCHEMA):
@@ -122,6 +139,7 @@ class ShardReader:
                 f"{self.path / INDEX} has columns {self.index.schema.names}, this code reads {INDEX_SCHEMA.names}; "
                 "run the shards stage again"
             )
+        self._places = _places(self.index)
         self._files: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -142,19 +160,6 @@ class ShardReader:
         """The identity of the artefact, from its manifest."""
         return read_manifest(self.path, SCHEMA).digest
 
-    @cached_property
-    def _places(self) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, list[str]]:
-        """Shards by number, and per row the shard's number, offset, size and hash: the columns every read needs."""
-        shards = self.index["shard"].combine_chunks().dictionary_encode()
-        numbers = {name: self.index[name].to_numpy() for name in ("offset", "size")}
-        return (
-            shards.dictionary.to_pylist(),
-            shards.indices.to_numpy(),
-            numbers["offset"],
-            numbers["size"],
-            self.index["sha256"].to_pylist(),
-        )
-
     def rows(self, split: str) -> list[int]:
         """Row numbers of a split, in order.
 
@@ -163,7 +168,9 @@ class ShardReader:
         """
         if split not in SPLITS:
             raise DataError(f"{self.path}: split {split!r} is not one of {', '.join(SPLITS)}")
-        return np.flatnonzero(self.index["split"].to_numpy(zero_copy_only=False) == split).tolist()
+        splits = self.index["split"].combine_chunks().dictionary_encode()
+        names = splits.dictionary.to_pylist()
+        return np.flatnonzero(numbers(splits.indices) == names.index(split)).tolist() if split in names else []
 
     def read(self, row: int) -> Example:
         """The example of a row, its bytes verified.
@@ -171,30 +178,32 @@ class ShardReader:
         Raises:
             DataError: there is no such row, or the shard is missing, short or corrupt; names shard, offset and id.
         """
-        shards, numbers, offsets, sizes, hashes = self._places
-        self._require(row)
-        shard, offset, size = shards[numbers[row]], int(offsets[row]), int(sizes[row])
+        shard, offset, size = self._range(row)
         data = self._pread(shard, offset, size, row)
-        if (found := hashlib.sha256(data).hexdigest()) != hashes[row]:
-            raise DataError(
-                f"{self._place(shard, offset, row)}: SHA-256 {found}, the index says {hashes[row]}; it is corrupt: "
-                "restore it or run the shards stage again"
-            )
+        found, expected = hashlib.sha256(data).hexdigest(), self._text("sha256", row)
+        if found != expected:
+            place = self._place(shard, offset, row)
+            raise DataError(f"{place}: SHA-256 {found}, the index says {expected}; restore the shard or run its stage")
         text, *images = (content for _, content in _members(data))
         return Example.from_json(json.loads(text), images, verify=False)
 
     def facts(self, row: int) -> Example:
         """The example of a row with one placeholder byte for each picture: its texts and sizes at a fraction of the
         reading. Not verified by hash."""
-        self._require(row)
-        shard, offset = self.index["shard"][row].as_py(), self.index["offset"][row].as_py()
+        shard, offset, _ = self._range(row)
         data = self._pread(shard, offset, self.index["text_size"][row].as_py(), row)
         raw = json.loads(next(_members(data))[1])
         return Example.from_json(raw, [b"\0"] * len(raw["images"]), verify=False)
 
-    def _require(self, row: int) -> None:
+    def _range(self, row: int) -> tuple[str, int, int]:
+        """Shard, offset and size of a row."""
         if not 0 <= row < len(self):
             raise DataError(f"{self.path}: row {row} does not exist; there are {len(self)}")
+        names, shards, offsets, sizes = self._places
+        return names[shards[row]], int(offsets[row]), int(sizes[row])
+
+    def _text(self, column: str, row: int) -> str:
+        return self.index[column][row].as_py()
 
     def _pread(self, shard: str, offset: int, size: int, row: int) -> bytes:
         try:
@@ -224,7 +233,14 @@ class ShardReader:
         return kept, True
 
     def _place(self, shard: str, offset: int, row: int) -> str:
-        return f"{self.path / shard} at {offset} (row {row}, example {self.index['id'][row].as_py()!r})"
+        return f"{self.path / shard} at {offset} (row {row}, example {self._text('id', row)!r})"
+
+
+def _places(index: pa.Table) -> tuple[list[str], Ints, Ints, Ints]:
+    """Shards by number, and per row the shard's number, offset and size: what every read needs."""
+    shards = index["shard"].combine_chunks().dictionary_encode()
+    names, columns = shards.dictionary.to_pylist(), (index["offset"], index["size"])
+    return (names, numbers(shards.indices), *map(numbers, columns))
 
 
 def _spool(spool: BinaryIO, split: str, key: str, example: Example) -> dict[str, Any]:

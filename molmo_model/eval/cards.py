@@ -8,6 +8,7 @@ from typing import Any
 
 from molmo_model.data.example import Image
 from molmo_model.errors import EvaluationError
+from molmo_model.eval import pointing
 from molmo_model.preprocessing.points import extract_points
 
 EMBED_BYTES = 24_000
@@ -111,11 +112,11 @@ def make(
     corners = [(*_pixels(box[:2], size), *_pixels(box[2:], size)) for box in metadata.get("boxes") or () if targets]
     boxes = [(left, top, round(right - left, 2), round(bottom - top, 2)) for left, top, right, bottom in corners]
     radius = metadata.get("radius") if targets and not boxes else None
-    reference = references["answer"] or ""
+    reference = written(references["answer"] or "")
     said = [
         Said(
             checkpoint=number,
-            words=marked(shorten(answer["prediction"]), shorten(reference)),
+            words=marked(shorten(written(answer["prediction"])), shorten(reference)),
             points=[_pixels(point, size) for point in extract_points(answer["prediction"])] if targets else [],
             score=score["scores"][primary],
             cut_off=answer["finish_reason"] == "length",
@@ -141,9 +142,15 @@ def make(
 def marked(text: str, reference: str) -> list[tuple[str, bool]]:
     """The text in pieces; of texts with as many words as their reference, more than two, differing words are marked."""
     words, wanted = text.split(), reference.split()
-    if len(words) != len(wanted) or len(words) < 3 or "<point" in text:
+    if len(words) != len(wanted) or len(words) < 3:
         return [(text, False)]
     return [(word, word != right) for word, right in zip(words, wanted, strict=True)]
+
+
+def written(answer: str) -> str:
+    """An answer that is one tag of points as `(17.7, 16.7) (50.0, 20.0)`; any other as it is, broken tags too."""
+    points = pointing.parse(answer)
+    return " ".join(f"({x:.1f}, {y:.1f})" for x, y in points) if points else answer
 
 
 def shorten(text: str) -> str:

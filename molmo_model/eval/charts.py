@@ -153,13 +153,10 @@ def _line(line: Series, scale: _Scale, percent: bool) -> list[str]:
     parts = [f'<g class="s{line.colour % COLOURS}">', f'<path class="line" d="M{path}"/>']
     for point in points:
         if point.low is not None and point.high is not None:
-            parts.append(
-                f'<path class="whisker" d="M{scale.x(point.x)} {scale.y(point.low)}V{scale.y(point.high)}"/>'
-            )
+            parts.append(f'<path class="whisker" d="M{scale.x(point.x)} {scale.y(point.low)}V{scale.y(point.high)}"/>')
         if line.dots:
             value = f"{point.y * 100:.1f}%" if percent else f"{point.y:g}"
             tip = escape(f"{line.name}, step {point.x:g}: {value}")
-            parts.append(
-                f'<circle class="dot" cx="{scale.x(point.x)}" cy="{scale.y(point.y)}" r="3.5"><title>{tip}</title></circle>'
-            )
+            place = f'cx="{scale.x(point.x)}" cy="{scale.y(point.y)}"'
+            parts.append(f'<circle class="dot" {place} r="3.5"><title>{tip}</title></circle>')
     return [*parts, "</g>"]

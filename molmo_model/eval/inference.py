@@ -22,6 +22,9 @@ from molmo_model.preprocessing.preprocessor import Preprocessor
 STRATEGY = "greedy"
 AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 """Weights stay in fp32; these compute in a lower precision through autocast."""
+ONE_THREAD_PARAMETERS = 50_000_000
+"""Models below this size answer on one CPU thread: a second one gains little alone, and costs ten times and more where
+cells of an evaluation run side by side on few cores, because the threads then wait for each other spinning."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Predictor:
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if model.num_parameters() < ONE_THREAD_PARAMETERS:
+            torch.set_num_threads(1)
         return cls(model.to(device), preprocessor, precision)
 
     def cost(self, question: Question) -> tuple[int, int]:
@@ -86,7 +91,6 @@ class Predictor:
         preprocessor = self.preprocessor
         prompts = [preprocessor.encode_prompt(question.example, question.conversation) for question in questions]
         batch = collate_prompts(prompts, preprocessor.config, preprocessor.pad_id)
-        batch["image_token_counts"] = batch["image_tokens"]
         with self._autocast():
             answers = generate(self.model, batch, max_new_tokens, [preprocessor.eos_id])
         return [

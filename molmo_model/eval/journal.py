@@ -68,6 +68,7 @@ def identity_of(checkpoint: Manifest, code: str, decoding: Mapping[str, Any], pr
         code: digest of the sources that answer.
         decoding, precision: as in `Identity`.
     """
+    known = {*MODEL_FILES, PREPROCESSOR_FILE, *OTHER_FILES}
     top = {name: entry.sha256 for name, entry in checkpoint.files.items() if "/" not in name}
 
     def digest(wanted: Callable[[str], bool]) -> str:
@@ -77,11 +78,7 @@ def identity_of(checkpoint: Manifest, code: str, decoding: Mapping[str, Any], pr
         weights=digest(lambda name: name.endswith(".safetensors")),
         config=digest(lambda name: name in MODEL_FILES),
         preprocessor=digest(lambda name: name == PREPROCESSOR_FILE),
-        tokenizer=digest(
-            lambda name: (
-                not name.endswith(".safetensors") and name not in {*MODEL_FILES, PREPROCESSOR_FILE, *OTHER_FILES}
-            )
-        ),
+        tokenizer=digest(lambda name: not name.endswith(".safetensors") and name not in known),
         code=code,
         versions={name: version(name) for name in LIBRARIES},
         decoding=decoding,

@@ -66,9 +66,7 @@ def answers_of(references: References) -> list[str]:
     """
     answers = references.get("metadata", {}).get("answers") or [references.get("answer")]
     if not all(isinstance(answer, str) for answer in answers):
-        raise EvaluationError(
-            f"references {dict(references)!r} have no text answer; choose a metric that fits the task"
-        )
+        raise EvaluationError(f"references {dict(references)!r} have no text answer; choose another metric")
     return list(answers)
 
 
@@ -278,7 +276,7 @@ METRICS: dict[str, Metric] = {
         "vqa_official",
         _most_frequent,
         _FREQUENT,
-        "VQA (Antol et al. 2015, arXiv:1505.00468; GT-Vision-Lab/VQA vqaEval.py); vqa_molmo is allenai/molmo's vqa_score.",
+        "VQA (Antol et al. 2015, arXiv:1505.00468; GT-Vision-Lab/VQA); vqa_molmo is allenai/molmo's variant.",
     ),
     "anls": Metric(
         anls, "anls", _most_frequent, _FREQUENT, "Biten et al. 2019, arXiv:1907.00490, equation 1, threshold 0.5."

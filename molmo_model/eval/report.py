@@ -216,7 +216,7 @@ def _hash(text: str) -> str:
 
 def _task(inputs: Inputs, task: str, results: Mapping[str, Evaluated]) -> dict[str, Any]:
     """What the template shows of one task."""
-    last = next(reversed(results.values()))
+    last = list(results.values())[-1]
     primary = last.metrics["primary"]
     scores = [row["scores"][primary] for row in last.scores]
     chosen = cards.choose(scores, inputs.examples)

@@ -67,7 +67,12 @@ def score_task(
         predictions: rows of `predictions.jsonl`.
         training: references of training items; without any, the constant answer is chosen from the evaluation's own
             references, which flatters the baseline.
+
+    Raises:
+        EvaluationError: there are no predictions, or references do not fit the metric.
     """
+    if not predictions:
+        raise EvaluationError("there are no predictions to score; the task selected no example")
     references = [row["references"] for row in predictions]
     clusters = [_image_of(row) for row in predictions]
     scores = [metric.score(row["prediction"], row["references"]) for row in predictions]
@@ -84,8 +89,7 @@ def as_json(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
 
 
 def _estimates(scores: Sequence[Score], clusters: Sequence[Hashable], confidence: float) -> dict[str, Estimate]:
-    names = list(scores[0].values) if scores else []
-    return {name: estimate([score.values[name] for score in scores], clusters, confidence) for name in names}
+    return {name: estimate([score.values[name] for score in scores], clusters, confidence) for name in scores[0].values}
 
 
 def _image_of(row: Mapping[str, Any]) -> Hashable:
@@ -122,9 +126,10 @@ def estimate(values: Sequence[float], clusters: Sequence[Hashable], confidence: 
 
 
 def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Standard error of the mean when scores of one cluster may agree (CR1, with its factor G/(G-1)); 0 for one cluster.
+    """Standard error of the mean when scores of one cluster may agree; 0 for a single cluster.
 
-    Equals the usual `s / sqrt(n)` when every cluster has one member.
+    The cluster-robust variance with the factor G/(G-1) for G clusters (CR1; Liang and Zeger 1986); equals the usual
+    `s / sqrt(n)` when every cluster has one member.
     """
     mean = math.fsum(values) / len(values)
     sums: dict[Hashable, float] = {}
@@ -157,10 +162,7 @@ def paired(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable],
     differences = [second - first for first, second in zip(a, b, strict=True)]
     mean = math.fsum(differences) / len(differences)
     stderr = clustered_stderr(differences, clusters)
-    if stderr > 0.0:
-        p_value = 2.0 * NormalDist().cdf(-abs(mean) / stderr)
-    else:
-        p_value = 1.0
+    p_value = 2.0 * NormalDist().cdf(-abs(mean) / stderr) if stderr > 0.0 else 1.0
     half = _z(confidence) * stderr
     wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     return Paired(mean, stderr, mean - half, mean + half, p_value, wins, losses, len(differences))

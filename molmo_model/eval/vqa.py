@@ -1,7 +1,7 @@
 """VQA accuracy: the text normalisation of the VQA evaluation and its two ways to average over annotators.
 
-Follows the behaviour of the official evaluation, `vqaEval.py` of GT-Vision-Lab/VQA (Antol et al. 2015, arXiv:1505.00468;
-https://visualqa.org/evaluation.html), quirks included, because published numbers hold them.
+Follows the behaviour of the official evaluation, `vqaEval.py` of GT-Vision-Lab/VQA (Antol et al. 2015,
+arXiv:1505.00468; https://visualqa.org/evaluation.html), quirks included, because published numbers hold them.
 """
 
 import re

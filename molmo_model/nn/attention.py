@@ -2,9 +2,9 @@
 
 `allowed()` says which token may see which; every kind of mask is built from it: dense, block-sparse for FlexAttention
 (GPU), or one small mask per packed example (CPU). `masks_for()` hands a language model what it takes: one mask, or one
-per layer type. Importing this module registers
-the attention under the name `molmo` with transformers, for the attention itself and for its masks: with the first alone,
-two-dimensional padding masks would arrive as `None` and left-padded batches would be silently wrong.
+per layer type. Importing this module registers the attention under the name `molmo` with transformers, for the
+attention itself and for its masks: with the first alone, two-dimensional padding masks would arrive as `None` and
+left-padded batches would be silently wrong.
 
 Shape suffixes: B rows (packs), S tokens of a row, H heads, D width of a head.
 """
@@ -94,7 +94,9 @@ def block_mask(rule: MaskRule, rows: int, length: int, device: torch.device | st
     return _compiled_create_block_mask()(rule, rows, None, length, length, device=device)
 
 
-def packed_mask(rule: MaskRule, lengths: tuple[int, ...], rows: int, length: int, device: torch.device | str) -> PackedMask:
+def packed_mask(
+    rule: MaskRule, lengths: tuple[int, ...], rows: int, length: int, device: torch.device | str
+) -> PackedMask:
     """The rule within each of the runs that the rows consist of; see `run_lengths`."""
     head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
     masks, start = [], 0
@@ -181,7 +183,8 @@ def molmo_attention(
     if value_gate is not None:
         value = value * value_gate[:, None, :, None].to(value.dtype)
     if isinstance(attention_mask, BlockMask):
-        attend = flex_attention if torch.compiler.is_compiling() or query.device.type == "cpu" else _compiled_flex()
+        eager = torch.compiler.is_compiling() or query.device.type == "cpu"  # compiled with its layer, or not at all
+        attend: Any = flex_attention if eager else _compiled_flex()
         grouped = query.shape[1] != key.shape[1]
         out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
         return out.transpose(1, 2).contiguous(), None
@@ -197,16 +200,13 @@ def _attend_packed(
     """Attention example by example. Rows are laid end to end and split once, whose backward is one concatenation."""
     rows, grouped = query.shape[0], query.shape[1] != key.shape[1]
     pieces = [x.transpose(1, 2).flatten(0, 1).split(mask.lengths) for x in (query, key, value)]
-    out = [
-        F.scaled_dot_product_attention(
-            *(piece.transpose(0, 1)[None] for piece in (q, k, v)),
-            attn_mask=allowed_here,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=grouped,
-        )[0].transpose(0, 1)
-        for q, k, v, allowed_here in zip(*pieces, mask.masks, strict=True)
-    ]
+    out = []
+    for q, k, v, visible in zip(*pieces, mask.masks, strict=True):
+        q, k, v = (piece.transpose(0, 1)[None] for piece in (q, k, v))  # noqa: PLW2901 - [1, H, L, D]
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        )
+        out.append(attended[0].transpose(0, 1))
     return torch.cat(out).unflatten(0, (rows, -1))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.utils import logging
 
 import molmo_model
 from molmo_model.config import LanguageConfig, ModelConfig, VisionConfig, lookup
@@ -29,8 +30,10 @@ def build_config(model: ModelConfig, image_token_id: int | None = None) -> Molmo
     """
     vision, feature_layers = _vision_config(model.vision)
     text = _text_config(model.language, _tokenizer_size(model.tokenizer))
+    vision.dtype = text.dtype = torch.float32  # the master weights, whatever the pretrained parts were saved in
     connector = model.connector
     return MolmoConfig(
+        dtype=torch.float32,
         vision_config=vision,
         text_config=text,
         vision_encoder=model.vision.encoder,
@@ -65,6 +68,7 @@ def build_model(model: ModelConfig, seed: int, image_token_id: int | None = None
         _load_vision(built, model.vision.pretrained)
     if model.language.pretrained is not None:
         _load_language(built, model.language.pretrained)
+    # set as an attribute: transformers takes end and padding of `generate` from here and saves it beside the weights
     built.generation_config = _generation_config(model.tokenizer)
     return built
 
@@ -124,13 +128,17 @@ def _vision_config(vision: VisionConfig) -> tuple[PreTrainedConfig, list[int]]:
         )
         depth = config.num_hidden_layers
         if config.hidden_size % config.num_attention_heads:
-            raise ConfigError(f"{where}: num_heads {config.num_attention_heads} does not divide hidden_size {config.hidden_size}")
+            raise ConfigError(
+                f"{where}: num_heads {config.num_attention_heads} does not divide hidden_size {config.hidden_size}"
+            )
     else:
         config = _load_config(vision.pretrained, where)
         config = getattr(config, "vision_config", config)
         if config.model_type != spec.model_type:
             raise ConfigError(f"{where}: {vision.pretrained} is a {config.model_type}, not a {spec.model_type}")
-        _same_sizes(vision, config, where, ("image_size", "patch_size"))
+        _same_sizes(
+            vision, config, where, ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_heads")
+        )
         depth = vision.num_layers or min(config.num_hidden_layers, spec.num_layers)
         if depth > config.num_hidden_layers:
             raise ConfigError(f"{where}: num_layers {depth}, but {vision.pretrained} has {config.num_hidden_layers}")
@@ -150,11 +158,12 @@ def _text_config(language: LanguageConfig, tokenizer_size: int) -> PreTrainedCon
     config = _load_config(language.pretrained, where)
     if config.model_type != spec.model_type:
         raise ConfigError(f"{where}: {language.pretrained} is a {config.model_type}, not a {spec.model_type}")
-    _same_sizes(language, config, where, ("hidden_size", "intermediate_size", "num_layers", "num_heads"))
+    sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_key_value_heads")
+    _same_sizes(language, config, where, sizes)
     if config.vocab_size < tokenizer_size:
         raise ConfigError(
-            f"{where}: {language.pretrained} has {config.vocab_size} embeddings, the tokenizer {tokenizer_size} tokens; "
-            "use the tokenizer that belongs to the model"
+            f"{where}: {language.pretrained} has {config.vocab_size} embeddings, the tokenizer {tokenizer_size} "
+            "tokens; use the tokenizer that belongs to the model"
         )
     return config
 
@@ -193,10 +202,15 @@ def _load_language(built: MolmoForConditionalGeneration, source: str) -> None:
 
 
 def _from_pretrained(auto: Any, source: str, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Model and loading report in fp32; the report is checked here, not printed."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **kwargs)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"pretrained weights {source} cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _require_none_missing(source: str, missing: Any, info: dict[str, Any]) -> None:

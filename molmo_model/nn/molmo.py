@@ -8,7 +8,7 @@ Importing this module registers the classes, after which transformers' `AutoConf
 Shape suffixes: B rows, S tokens of a row, C crops, T image tokens of the batch, V base vocabulary, E text width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from molmo_model.config import lookup
 from molmo_model.errors import ConfigError, DataError
 from molmo_model.nn.attention import IMPLEMENTATION, LayerMasks, masks_for
-from molmo_model.nn.connector import POOLINGS, PROJECTORS, MeanQueryPooling, WindowPositionEmbedding
+from molmo_model.nn.connector import POOLINGS, PROJECTORS, MeanQueryPooling, SwiGLUProjector, WindowPositionEmbedding
 from molmo_model.nn.vision_backbone import PixelNormalize, VisionBackbone
 from molmo_model.nn.vision_encoder import VISION_ENCODERS, resolve_layers
 
@@ -48,27 +48,27 @@ class MolmoConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="siglip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2"),
     }
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     vision_encoder: str = "siglip"
     """A name of `VISION_ENCODERS`."""
-    vision_feature_layers: list[int] | None = None
-    """Blocks from 0 whose outputs are concatenated, in this order; None is the last one."""
-    image_mean: list[float] | None = None
-    """Per channel of pixels in [0, 1]; None is the encoder's own."""
-    image_std: list[float] | None = None
+    vision_feature_layers: list[int] = field(default_factory=list)
+    """Blocks from 0 whose outputs are concatenated, in this order; empty is the last one."""
+    image_mean: list[float] = field(default_factory=list)
+    """Per channel of pixels in [0, 1]; empty is the encoder's own."""
+    image_std: list[float] = field(default_factory=list)
     pooling: str = "attention_meanq"
-    pooling_size: list[int] | None = None
-    """Height and width of a pooling window in patches; None is 2 by 2."""
+    pooling_size: list[int] = field(default_factory=lambda: [2, 2])
+    """Height and width of a pooling window in patches."""
     pooling_num_heads: int = 4
     pooling_attention_mask: bool = True
     window_position_embedding: bool = False
     projector: str = "mlp"
-    projector_hidden_size: int | None = None
+    projector_hidden_size: Any = None
     """None is half of the language model's MLP width."""
     extra_vocab_size: int = 16
     """Rows of the extra embedding; its ids begin exactly at the language model's vocabulary size."""
-    image_token_id: int | None = None
+    image_token_id: Any = None
     """`<im_patch>`, the token that an image token is added to; None is the third extra id."""
     bidirectional_images: bool = True
     """Tokens of one image see each other in both directions."""
@@ -87,7 +87,6 @@ class MolmoConfig(PreTrainedConfig):
         )
         self.image_mean = self.image_mean or list(spec.mean)
         self.image_std = self.image_std or list(spec.std)
-        self.pooling_size = self.pooling_size or [2, 2]
         self.projector_hidden_size = self.projector_hidden_size or text.intermediate_size // 2
         self.tie_word_embeddings = bool(text.tie_word_embeddings)
         self.image_token_id = text.vocab_size + 2 if self.image_token_id is None else self.image_token_id
@@ -98,7 +97,9 @@ class MolmoConfig(PreTrainedConfig):
     def _check(self, model_type: str) -> None:
         vision, text = self.vision_config, self.text_config
         if vision.model_type != model_type:
-            raise ConfigError(f"encoder {self.vision_encoder} is a {model_type}, vision_config is a {vision.model_type}")
+            raise ConfigError(
+                f"encoder {self.vision_encoder} is a {model_type}, vision_config is a {vision.model_type}"
+            )
         if vision.hidden_size % self.pooling_num_heads:
             raise ConfigError(
                 f"pooling_num_heads {self.pooling_num_heads} does not divide the encoder's width {vision.hidden_size}"
@@ -149,8 +150,10 @@ class MolmoPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initial weights of the connector and the head; encoder and language model have their own rules.
 
-        Linear layers of the connector keep the scale of what goes in (variance 1 / fan-in), whatever their width, so a
-        model trained from scratch sees its image tokens at the size of its word embeddings from the first step.
+        Linear layers of the connector keep the scale of what goes in (variance 1 / fan-in), whatever their width; only
+        the last one shrinks it, because encoder features have no norm behind them and word embeddings are small. The
+        window's positions are as large as the features: smaller ones delayed learning from scratch, and image tokens
+        of many times the size of words did too.
         """
         if isinstance(module, PixelNormalize):
             for buffer, values in zip((module.mean, module.std), module.values, strict=True):
@@ -159,11 +162,12 @@ class MolmoPreTrainedModel(PreTrainedModel):
             for linear in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
                 init.normal_(linear.weight, std=linear.in_features**-0.5)
                 init.zeros_(linear.bias)
-        elif isinstance(module, tuple(PROJECTORS.values())):
-            for linear in module.children():
+        elif isinstance(module, SwiGLUProjector):
+            for linear in (module.gate_proj, module.up_proj):
                 init.normal_(linear.weight, std=linear.in_features**-0.5)
+            init.normal_(module.down_proj.weight, std=0.1 * module.down_proj.in_features**-0.5)
         elif isinstance(module, WindowPositionEmbedding):
-            init.normal_(module.weight, std=module.weight.shape[-1] ** -0.5)
+            init.normal_(module.weight, std=1.0)
         elif isinstance(module, nn.Embedding | nn.Linear):  # the extra embedding and the head
             init.normal_(module.weight, std=getattr(self.config.text_config, "initializer_range", 0.02))
 
@@ -213,8 +217,8 @@ class MolmoModel(MolmoPreTrainedModel):
         Raises:
             DataError: on a CPU, where it is free to look: there are more or fewer places than image tokens.
         """
-        places = input_ids == self.config.image_token_id
-        if places.device.type == "cpu" and (count := int(places.sum())) not in {len(tokens), 0}:
+        places = torch.eq(input_ids, self.config.image_token_id)
+        if places.device.type == "cpu" and (count := int(places.sum())) != len(tokens) and (count or len(tokens) > 1):
             raise DataError(f"{count} <im_patch> tokens but {len(tokens)} image tokens; the batch is inconsistent")
         slot = places.flatten().cumsum(0).view_as(places) * places  # 0 where no image token belongs
         table = torch.cat([tokens.new_zeros(1, tokens.shape[-1]), tokens])
@@ -225,7 +229,7 @@ class MolmoModel(MolmoPreTrainedModel):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pooling: Tensor | None = None,
-        attention_mask: LayerMasks | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         example_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
@@ -233,7 +237,6 @@ class MolmoModel(MolmoPreTrainedModel):
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         image_token_counts: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -250,7 +253,9 @@ class MolmoModel(MolmoPreTrainedModel):
             mm_encoder_outputs: image tokens that `generate` has encoded already.
         """
         self._check_attention()
-        embeddings = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if input_ids is None:
+            raise DataError("the model finds the places of image tokens by their ids; give input_ids")
+        embeddings = self.embed(input_ids)
         if (tokens := self._image_tokens(pixel_values, pooling, mm_encoder_outputs)) is not None:
             embeddings = self.add_image_tokens(embeddings, input_ids, tokens)
         use_cache = bool(use_cache) and example_ids is None
@@ -350,7 +355,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -361,7 +366,7 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pooling: Tensor | None = None,
-        attention_mask: LayerMasks | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         example_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
@@ -372,7 +377,6 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
         image_token_counts: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -399,7 +403,6 @@ class MolmoForConditionalGeneration(MolmoPreTrainedModel, GenerationMixin):
             mm_token_type_ids=mm_token_type_ids,
             mm_encoder_outputs=mm_encoder_outputs,
             image_token_counts=image_token_counts,
-            inputs_embeds=inputs_embeds,
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,

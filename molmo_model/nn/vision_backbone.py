@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 class PixelNormalize(nn.Module):
     """`(x / 255 - mean) / std` in fp32, where the model is: a quarter of the bytes travel there."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: list[float], std: list[float]) -> None:
         super().__init__()
         self.values = (list(mean), list(std))

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
+from PIL import TiffImagePlugin as _tiff  # noqa: F401  decoders that PIL knows by name only once they are loaded
+from PIL import WebPImagePlugin as _webp  # noqa: F401
 
 from molmo_model.config import lookup
 from molmo_model.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Decoders that untrusted bytes may reach; PIL knows others that start external programs."""
 
 MAX_PIXELS = 50_000_000

@@ -22,7 +22,6 @@ NO_POINTS = "There are none."
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _PAIR = re.compile(rf'x\d*="\s*{_NUMBER}"\s+y\d*="\s*{_NUMBER}"')
-_ALT = re.compile(r'alt="[^"]*"')
 _ANY_POINT = re.compile(
     r"<points?\s(?P<tag>[^<>]*)>.*?</points?>"  # a whole tag: what its label says is no point
     rf"|{_PAIR.pattern}"  # coordinates of a tag that was never closed
@@ -50,7 +49,7 @@ def points_to_text(points: Sequence[Point], label: str) -> str:
     Raises:
         DataError: a coordinate outside [0, 100].
     """
-    if not points:
+    if len(points) == 0:
         return NO_POINTS
     ordered = sorted_points(points)
     text = escape(label, quote=True)
@@ -63,7 +62,7 @@ def points_to_text(points: Sequence[Point], label: str) -> str:
 
 def count_to_text(points: Sequence[Point], label: str) -> str:
     """The points counted: `Counting the <points ...>label</points> shows a total of 3.`"""
-    if not points:
+    if len(points) == 0:
         return NO_POINTS
     return f"Counting the {points_to_text(points, label)} shows a total of {len(points)}."
 
@@ -82,7 +81,7 @@ def _coordinates(text: str) -> Iterator[Point]:
     for match in _ANY_POINT.finditer(text):
         tag, pair_x, pair_y, tuple_x, tuple_y, thousandth_x, thousandth_y = match.groups()
         if tag is not None:
-            for x, y in _PAIR.findall(_ALT.sub("", tag)):
+            for x, y in _PAIR.findall(tag):
                 yield float(x), float(y)
         elif pair_x is not None:
             yield float(pair_x), float(pair_y)

@@ -123,7 +123,7 @@ class Preprocessor:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        return cls(PreprocessorConfig.from_json(raw, str(path)), load_tokenizer(str(folder)))
+        return cls(PreprocessorConfig.from_json(raw, str(path)), load_tokenizer(str(folder), own=True))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes `molmo_preprocessor.json` and the tokenizer's files."""
@@ -353,7 +353,7 @@ class Preprocessor:
         pooling, start = [], 0
         for number, (image, one) in enumerate(zip(example.images, layouts, strict=True), start=1):
             name = f"example {example.id}, image {number}"
-            picture = decode_image(image.data, name=name, max_pixels=self.config.max_image_pixels)
+            picture = decode_image(image.data, name=name, max_pixels=image.width * image.height)
             if picture.shape[:2] != (image.height, image.width):
                 raise DataError(
                     f"{name}: has {picture.shape[1]} x {picture.shape[0]} pixels, but is recorded as "

@@ -7,7 +7,7 @@ from typing import Any
 
 from molmo_model.config import CropMode, PointFormat, PreprocessingConfig, lookup
 from molmo_model.errors import CheckpointError, ConfigError
-from molmo_model.preprocessing.image import MAX_PIXELS, RESIZE_METHODS
+from molmo_model.preprocessing.image import RESIZE_METHODS
 from molmo_model.preprocessing.prompts import MessageFormat, SystemPrompt
 from molmo_model.preprocessing.tiling import IM_COL, IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, TilingSpec
 
@@ -44,8 +44,6 @@ class PreprocessorConfig:
     system_prompt: SystemPrompt = SystemPrompt.none
     message_format: MessageFormat = MessageFormat.none
     loss_weighting: LossWeighting = LossWeighting.root_subsegments
-    max_image_pixels: int = MAX_PIXELS
-    """Larger images are refused from their header."""
 
     def __post_init__(self) -> None:
         lookup(RESIZE_METHODS, self.resize, "resize method")

@@ -29,17 +29,22 @@ def tokenizer_folder(name: str) -> Path | None:
     return None
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+def load_tokenizer(name: str, own: bool = False) -> "PreTrainedTokenizerFast":
     """The tokenizer of a folder (see `tokenizer_folder`) or of a hub id.
+
+    Args:
+        own: the folder is a checkpoint of this project, whose `config.json` says nothing about tokenizers; transformers
+            would warn that it does not know the model.
 
     Raises:
         ConfigError: it does not exist, is not a `tokenizer.json` tokenizer, or has no end-of-text token.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
     folder = tokenizer_folder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder or name, trust_remote_code=False)
+        config = PreTrainedConfig() if own else None
+        tokenizer = AutoTokenizer.from_pretrained(folder or name, config=config, trust_remote_code=False)
     except Exception as error:  # the hub client and the parsers have no common base
         raise ConfigError(
             f"tokenizer {name!r} cannot be loaded; it is neither a folder here, nor one in {REPOSITORY.name}/, "
@@ -93,4 +98,5 @@ class Vocabulary:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._backend.encode_special_tokens = True  # the one setting that a pickled tokenizer forgets
         self.encode = lru_cache(maxsize=16384)(self._encode)

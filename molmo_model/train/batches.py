@@ -33,7 +33,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Collator:
-    """Packs to tensors. Rows have `sequence_length` tokens, or are as short as the longest of them when that is None."""
+    """Packs to tensors. Rows have `sequence_length` tokens, or where that is None as many as the longest of them."""
 
     preprocessor: Preprocessor
     sequence_length: int | None

@@ -2,7 +2,7 @@
 
 The weights lie once, in fp32, as a folder of safetensors that transformers loads. Beside it `train_state/` holds the
 optimizer's moments as `torch.distributed.checkpoint` shards, which any number of ranks can load, and the position.
-Everything is written to a staging folder, hashed into a manifest and renamed, so a kill leaves the old state or the new.
+Everything is written to a staging folder, hashed into a manifest and renamed: a kill leaves the old state or the new.
 """
 
 import json
@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, HuggingFaceStorageReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
@@ -102,8 +103,10 @@ def load_state(optimizer: torch.optim.Optimizer, checkpoint: Path) -> Position:
     try:
         position = Position(**json.loads((folder / POSITION).read_text()))
         dcp.load(optimizer_tensors(optimizer, create=True), storage_reader=FileSystemReader(folder))
-    except Exception as error:  # DCP raises its own, pickle's and plain errors
-        raise CheckpointError(f"{folder} does not fit this run: {error}; delete {checkpoint} to start earlier") from error
+    except (Exception, CheckpointException) as error:  # DCP's own is no Exception
+        raise CheckpointError(
+            f"{folder} does not fit this run: {error}; delete {checkpoint} to start earlier"
+        ) from error
     set_optimizer_step(optimizer, position.step)
     return position
 
@@ -131,6 +134,7 @@ def save_weights(model: nn.Module, folder: Path, ranks: Ranks, file_bytes: int =
                 mine[name] = full.to("cpu", torch.float32 if full.is_floating_point() else full.dtype).contiguous()
         if mine:
             save_file(mine, folder / file_name, metadata={"format": "pt"})
+            os.chmod(folder / file_name, 0o644)  # the library leaves it to its owner alone
     if ranks.first and len(plan) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.numel() * 4 for tensor in tensors.values())},
@@ -157,7 +161,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
             raise CheckpointError(f"{folder}: {name} has shape {shapes[name]}, the model needs {tuple(tensor.shape)}")
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-    except Exception as error:  # DCP wraps whatever the reader raised
+    except (Exception, CheckpointException) as error:  # DCP's own is no Exception
         raise CheckpointError(f"weights of {folder} cannot be read: {error}") from error
 
 

@@ -10,7 +10,9 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,16 +40,21 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[Ranks]:
-    """The default process group of torchrun's environment: NCCL on GPUs, else gloo.
+def process_group(meeting: Path) -> Iterator[Ranks]:
+    """The default process group: NCCL on GPUs, else gloo; rank and number of ranks are torchrun's.
 
     It is destroyed only after success: after an error the others may wait in a collective, and leaving at once is
     what makes torchrun end them.
+
+    Args:
+        meeting: a file that does not exist yet, the same for all ranks.
 
     Raises:
         PreflightError: this machine has GPUs, but fewer than ranks.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
+    ranks: dict[str, Any] = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    ranks |= {"init_method": f"file://{meeting.resolve()}", "timeout": COLLECTIVE_TIMEOUT}
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise PreflightError(
@@ -55,10 +62,10 @@ def process_group() -> Iterator[Ranks]:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", device_id=device, **ranks)
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("gloo", **ranks)
     yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     dist.barrier()
     dist.destroy_process_group()
@@ -74,7 +81,7 @@ def set_determinism(train: TrainConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # every empty tensor would be filled; nothing here reads memory that it did not write
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
 
 

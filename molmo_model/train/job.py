@@ -12,6 +12,8 @@ JOB = "job.json"
 EVENTS = "events.jsonl"
 ERRORS = "errors"
 """Folder with one JSON file per rank that failed."""
+MEETING = "meeting"
+"""Folder for the files through which agent and ranks find each other; fresh for every start."""
 
 
 @dataclass(frozen=True)
@@ -42,4 +44,3 @@ class Job:
 
     def load_params(self) -> Params:
         return params_from_dict(self.params, self.work)
-

@@ -44,7 +44,9 @@ class MetricsLog:
     def __init__(self, path: Path, after_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
         if [line["step"] for line in kept] != list(range(1, after_step + 1)):
-            raise DataError(f"{path} lacks steps before {after_step}; delete {path.parent.parent} to train from the start")
+            raise DataError(
+                f"{path} lacks steps before {after_step}; delete {path.parent.parent} to train from the start"
+            )
         write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 open for the whole run

@@ -38,9 +38,7 @@ def freeze(model: nn.Module, config: OptimConfig, component_of: Callable[[str], 
         raise ConfigError("train.optim freezes vision, connector and language; leave at least one of them to train")
 
 
-def parameter_groups(
-    model: nn.Module, config: OptimConfig, component_of: Callable[[str], str]
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimConfig, component_of: Callable[[str], str]) -> list[dict[str, Any]]:
     """The optimizer's groups: at most two per component, with and without weight decay; none is empty.
 
     Norms, biases and embeddings are not decayed. Each group carries `component`, `names` and `params` in the order of
@@ -96,7 +94,9 @@ def learning_rate(step: int, settings: ComponentOptim, steps: int, final_ratio: 
     return peak * (final_ratio + (1.0 - final_ratio) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> dict[str, float]:
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int
+) -> dict[str, float]:
     """Sets every group's rate for a step and returns the rate of each trained component."""
     rates = {}
     for group in optimizer.param_groups:

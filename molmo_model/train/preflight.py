@@ -84,9 +84,7 @@ def survey(folder: Path) -> Machine:
     )
 
 
-def estimate(
-    train: TrainConfig, start: Path, *, done: int, saved: int, timings: Path, machine: Machine
-) -> Need:
+def estimate(train: TrainConfig, start: Path, *, done: int, saved: int, timings: Path, machine: Machine) -> Need:
     """What a run needs from its params and the checkpoint it starts from.
 
     Args:
@@ -103,7 +101,9 @@ def estimate(
     width = 4 if train.precision is Precision.fp32 else 2
     config = json.loads((start / "config.json").read_text(encoding="utf-8"))
     activations = _activation_bytes(config, train, width)
-    gathered = total * width * (2 if total < LARGE_MODEL else 0.2)  # weights and unsent gradients, or two blocks of them
+    gathered = (
+        total * width * (2 if total < LARGE_MODEL else 0.2)
+    )  # weights and unsent gradients, or two blocks of them
     sharded = (total * 4 + trained * (STATE_BYTES - 4)) / train.processes
     checkpoint = total * 4 + trained * (CHECKPOINT_BYTES - 4)
     to_save = len(saved_steps(train)) - saved
@@ -144,8 +144,8 @@ def check(train: TrainConfig, need: Need, machine: Machine) -> None:
         )
     if need.disk > machine.disk:
         raise PreflightError(
-            f"the checkpoints still to be written take {size(need.disk)} with DVC's copy, {size(machine.disk)} are free; "
-            "raise train.save_every, set train.keep_checkpoints, or free some space"
+            f"the checkpoints still to write take {size(need.disk)} with DVC's copy, {size(machine.disk)} are free;"
+            " raise train.save_every, set train.keep_checkpoints, or free some space"
         )
     if need.longest is not None and train.sequence_length > need.longest:
         raise PreflightError(
@@ -162,7 +162,8 @@ def lines(run: str, train: TrainConfig, need: Need, machine: Machine) -> list[st
     rest = need.steps - need.done
     expected = "unknown until the first steps" if need.seconds is None else f"about {duration(need.seconds)}"
     found = [
-        f"preflight of run {run}: {train.processes} ranks of {train.threads} threads on {place}, {train.precision.value}",
+        f"preflight of run {run}: {train.processes} ranks of {train.threads} threads on {place}, "
+        f"{train.precision.value}",
         f"  parameters: {need.total:,} ({components}), {need.trained:,} of them trained",
         f"  memory per rank: about {size(need.memory_per_rank)} of {size(have)}",
         f"  steps: {rest} of {need.steps}" + (f" (going on after step {need.done})" if need.done else ""),
@@ -196,7 +197,10 @@ def expected_seconds(
         return None, "no earlier run of this shape"
     work = 6 * parameters * train.packs_per_step * train.sequence_length
     rate = _matmul_rate() * min(machine.cores, train.processes * train.threads)
-    return rest * work / rate, f"at least: 6 FLOP per parameter and token at {rate / 1e9:.0f} GFLOP/s"
+    return (
+        rest * work / rate,
+        f"no earlier run like it; at 6 FLOP per parameter and token and {rate / 1e9:.0f} GFLOP/s, so surely more",
+    )
 
 
 def size(count: float) -> str:
@@ -271,16 +275,17 @@ def _logged_pace(timings: Path, key: str) -> float | None:
 
 
 def _matmul_rate() -> float:
-    """Floating point operations per second of one core on a product of two fp32 matrices, from a tenth of a second."""
+    """Floating point operations per second of one core on a small fp32 matrix product, the best of a tenth of a second:
+    what other processes take away does not count, and BLAS starts no threads for one this small. Layers and
+    everything between them together reach about as much."""
     import numpy as np
 
-    a = np.ones((192, 192), np.float32)
-    a @ a
-    count, started = 0, time.process_time()
-    while (elapsed := time.process_time() - started) < 0.1:
+    a = np.ones((64, 64), np.float32)
+    best, stop = math.inf, time.perf_counter() + 0.1
+    while (started := time.perf_counter()) < stop:
         a @ a
-        count += 1
-    return count * 2 * len(a) ** 3 / elapsed
+        best = min(best, time.perf_counter() - started)
+    return 2 * len(a) ** 3 / best
 
 
 def _host_memory() -> int:

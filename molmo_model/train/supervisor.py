@@ -7,6 +7,7 @@ ordinary end. Needs no torch: the supervising process stays small.
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -30,16 +31,22 @@ LOG_TAIL = 4_000
 """Characters of torchrun's output that an error message quotes when no rank left a traceback."""
 
 
-def torchrun_command(module: str, argument: str, processes: int) -> list[str]:
-    """One agent with `processes` ranks on this machine; the rendezvous takes a free port on loopback."""
+def torchrun_command(module: str, argument: str, processes: int, meeting: Path) -> list[str]:
+    """One agent with `processes` ranks on this machine.
+
+    Args:
+        meeting: a file that does not exist yet, where agent and ranks agree. torchrun's usual server would listen on
+            every address of the machine; a file needs no port, so any number of trainings run side by side.
+    """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}"]
-    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--max-restarts=0"]
-    return [*launcher, *meeting, "-m", module, argument]
+    where = ["--rdzv-backend=c10d", f"--rdzv-endpoint={meeting}", "--rdzv-conf=store_type=file", "--rdzv-id=train"]
+    return [*launcher, *where, "--local-addr=127.0.0.1", "--max-restarts=0", "-m", module, argument]
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """The environment of torchrun and its ranks: connections over loopback, a fixed number of threads."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+    """The environment of torchrun and its ranks: nothing but loopback, a fixed number of threads."""
+    network = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return {**os.environ, **network, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
 class Interrupt:
@@ -64,6 +71,21 @@ class Interrupt:
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[int]:
+    """One training at a time in a state folder: holds a lock on a file and gives its descriptor.
+
+    The ranks of a supervisor that was killed may still be saving; whoever comes next waits here until they are gone.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("waiting for the ranks of an earlier process to end", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
 
 
 @dataclass
@@ -107,6 +129,7 @@ def supervise(
     command: Sequence[str],
     *,
     environment: dict[str, str],
+    lock: int,
     output: Path,
     poll: Callable[[], None],
     grace_seconds: float,
@@ -114,6 +137,7 @@ def supervise(
     """Runs a command to its end, calling `poll` all the while.
 
     Args:
+        lock: file descriptor from `exclusive`; the command holds it as well, until it is gone.
         output: file for the output of the command and all it starts.
         poll: looks for news; an exception from it stops the command and is raised again.
         grace_seconds: time between asking and killing.
@@ -129,6 +153,7 @@ def supervise(
             stdout=file,
             stderr=subprocess.STDOUT,
             env=environment,
+            pass_fds=(lock,),
             start_new_session=True,  # a terminal's Ctrl-C must reach the ranks through us alone, once
             # torchrun passes the signal on to the ranks, which save and end
             preexec_fn=signal_when_parent_dies(signal.SIGTERM, os.getpid()),  # noqa: PLW1509 a C call and a kill only
@@ -173,7 +198,9 @@ def failure(errors_folder: Path, output: Path, code: int) -> MolmoError:
     if not reports:
         text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
         cause = text[text.rfind("Root Cause") :] if "Root Cause" in text else text
-        return MolmoError(f"training ended with code {code} and no traceback; see {output}\n{cause[-LOG_TAIL:].strip()}")
+        return MolmoError(
+            f"training ended with code {code} and no traceback; see {output}\n{cause[-LOG_TAIL:].strip()}"
+        )
     first = min(reports, key=lambda report: report["time"])
     kind = getattr(errors, first["type"], MolmoError)
     kind = kind if isinstance(kind, type) and issubclass(kind, MolmoError) else MolmoError

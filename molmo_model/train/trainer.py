@@ -1,8 +1,8 @@
 """The training loop: accumulate, clip, step, log, save; stop when asked; refuse to go on with a broken number.
 
-One optimizer step is one global batch. Its loss is the sum over all packs of weighted cross-entropy, divided once by the
-sum of weights over all packs of all ranks, so neither the number of ranks nor that of micro-batches changes what is
-computed (only the order in which floats are added).
+One optimizer step is one global batch. Its loss is the sum over all packs of weighted cross-entropy, divided once by
+the sum of weights over all packs of all ranks, so neither the number of ranks nor that of micro-batches changes what
+is computed (only the order in which floats are added).
 """
 
 import math

@@ -17,7 +17,7 @@ from molmo_model.nn.build import component_of, parameter_counts
 from molmo_model.train.batches import build_loader
 from molmo_model.train.checkpoint import load_state
 from molmo_model.train.distributed import Ranks, StopRequest, process_group, set_determinism
-from molmo_model.train.job import ERRORS, EVENTS, Job
+from molmo_model.train.job import ERRORS, EVENTS, MEETING, Job
 from molmo_model.train.metrics_log import METRICS, EventLog, MetricsLog
 from molmo_model.train.optim import build_optimizer
 from molmo_model.train.parallelize import build_sharded_model
@@ -44,7 +44,7 @@ def train(job: Job) -> None:
     params = job.load_params()
     config = params.runs[job.run].train
     set_determinism(config)
-    with process_group() as ranks:
+    with process_group(Path(job.work) / MEETING / "ranks") as ranks:
         trainer, done = build_trainer(job, params, ranks, stop)
         trainer.fit(done)
 

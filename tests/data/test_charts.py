@@ -122,7 +122,7 @@ def test_answers_follow_from_what_is_printed(made):
 def test_all_words_and_numbers_can_be_read_off_the_picture(made):
     """Every title, label and value stands in the picture somewhere, letter by letter and uncovered."""
     font = ImageFont.load_default_imagefont()
-    for _, example in made[:40] + made[-20:]:
+    for _, example in made[:12] + made[-8:]:
         ink = np.all(np.asarray(PILImage.open(io.BytesIO(example.images[0].data))) == 0, axis=-1)
         metadata = caption_of(example).metadata
         for text in (metadata["title"], *metadata["labels"], *metadata["values"]):
@@ -158,7 +158,7 @@ def test_options():
     assert max(len(e.metadata["rows"]) for e in wide) > 6
     with pytest.raises(ConfigError, match=r"width is 64; it must lie in \[128"):
         next(MAKE(config(width=64), 1))
-    with pytest.raises(ConfigError, match="unknown option 'colour'"):
+    with pytest.raises(ConfigError, match="'colour'; known"):
         next(MAKE(config(colour="red"), 1))
 
 

@@ -56,7 +56,7 @@ def test_facts_are_texts_and_sizes_without_pixels(tmp_path):
 
 
 def test_plain_tar_lists_the_members_and_groups_like_webdataset(tmp_path):
-    made = dict((one.id, one) for _, one in rows(range(30)))
+    made = {one.id: one for _, one in rows(range(30))}
     made["with.dot/and space"] = replace(example(31, images=2), id="with.dot/and space")
     write_shards((("train", one) for one in made.values()), tmp_path, 10**9)
     with tarfile.open(tmp_path / "shards-train-all.tar") as tar:
@@ -250,13 +250,22 @@ def test_bad_rows_within_the_tolerance_are_listed_and_beyond_it_refused(toy):
     manifest = toy({2, 5}, 2 / 12)
     assert manifest.summary["bad_rows"] == 2 and manifest.summary["examples"] == {"train": 7, "eval": 3}
     lines = [json.loads(line) for line in Path("artifacts/shards/toy/problems.jsonl").read_text().splitlines()]
-    assert [(line["line"], line["id"], line["field"]) for line in lines] == [(3, "e-2", "images[0]"), (6, "e-5", "images[0]")]
-    with pytest.raises(DataError, match=r"2 of 12 rows are bad \(16\.67%\).*allows 16\.00%.*toy\.jsonl:3 id 'e-2'") as error:
+    found = [(line["line"], line["id"], line["field"]) for line in lines]
+    assert found == [(3, "e-2", "images[0]"), (6, "e-5", "images[0]")]
+    with pytest.raises(DataError, match=r"2 of 12 rows are bad \(16\.67%\).*allows 16\.00%") as error:
         toy({2, 5}, 0.16)
+    assert "toy.jsonl:3 id 'e-2' field images[0]: does not exist" in str(error.value)
     assert "toy.jsonl:6 id 'e-5' field images[0]: does not exist" in str(error.value)
     assert not Path("artifacts/shards/toy").exists()
-    with pytest.raises(DataError, match="none of its 12 rows is an example"):
-        toy(set(range(12)), 0.9999999)
+    with pytest.raises(DataError, match="12 of 12 rows are bad") as error:
+        toy(set(range(12)), 0.99)
+    assert "and 2 more" in str(error.value)
+
+
+def test_an_empty_dataset_is_refused(toy, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "toy", replace(FAMILIES["toy"], make=lambda config, seed: iter(())))
+    with pytest.raises(DataError, match="'toy' is empty"):
+        toy(set(), 0.0)
 
 
 def test_example_with_unusual_formats_and_texts(tmp_path):

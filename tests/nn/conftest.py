@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from molmo_model.config import ConnectorConfig, LanguageConfig, ModelConfig, VisionConfig
+from molmo_model.config import ConnectorConfig, LanguageConfig, ModelConfig, PreprocessingConfig, VisionConfig
+from molmo_model.nn.build import build_config
+from molmo_model.nn.molmo import MolmoForConditionalGeneration
 
 VOCAB = 60
 IM_START, IM_END, IM_PATCH, IM_COL = range(VOCAB, VOCAB + 4)
@@ -57,10 +59,21 @@ def make_params(tokenizer_dir: Path) -> Callable[..., ModelConfig]:
             ),
             connector=ConnectorConfig(**{"window_position_embedding": True, **(connector or {})}),
             language=LanguageConfig(**{"family": family, **text, **(language or {})}),
+            preprocessing=PreprocessingConfig(max_crops=2, overlap_margins=[1, 1]),
             tokenizer=str(tokenizer_dir),
         )
 
     return make
+
+
+def sliding_model(params: ModelConfig, window: int, seed: int = 1) -> MolmoForConditionalGeneration:
+    """A model whose last text layer sees `window` positions back."""
+    config = build_config(params)
+    text = config.text_config
+    text.use_sliding_window, text.sliding_window = True, window
+    text.layer_types = ["full_attention"] * (text.num_hidden_layers - 1) + ["sliding_attention"]
+    torch.manual_seed(seed)
+    return MolmoForConditionalGeneration(config)
 
 
 @dataclass
@@ -86,7 +99,8 @@ class Sequence:
     images: list[int] = field(default_factory=list)
 
     def add(self, token: int, label: int, weight: float, position: int, example: int, segment: int, image: int) -> None:
-        for name, value in zip(self.__dataclass_fields__, (token, label, weight, position, example, segment, image), strict=True):
+        values = (token, label, weight, position, example, segment, image)
+        for name, value in zip(self.__dataclass_fields__, values, strict=True):
             getattr(self, name).append(value)
 
 

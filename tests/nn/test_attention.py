@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from tests.nn.conftest import Conversation, crops_and_pooling, lay_out, pack, random_weights, split_branches, tensors
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, LlamaConfig, Qwen2Config
 
@@ -20,6 +19,16 @@ from molmo_model.nn.attention import (
     run_lengths,
 )
 from molmo_model.nn.build import build_model
+from tests.nn.conftest import (
+    Conversation,
+    crops_and_pooling,
+    lay_out,
+    pack,
+    random_weights,
+    sliding_model,
+    split_branches,
+    tensors,
+)
 
 
 def random_layout(seed):
@@ -147,25 +156,13 @@ def test_registered_for_attention_and_masks():
     torch.testing.assert_close(padded, alone, atol=1e-6, rtol=0)
 
 
-FAMILIES = {
-    "qwen2": ("qwen2", {}),
-    "qwen2 with a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
-    "qwen3": ("qwen3", {}),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", "qwen2 with a window", "qwen3"])
 @pytest.mark.parametrize("kind", ["packed", "dense"])
 def test_packed_trees_equal_separate_conversations(family, kind, make_params, monkeypatch):
     """Three message trees with 1, 2 and 0 images in one padded row against their six conversations, each alone:
     logits of every answered token and gradients of every parameter."""
-    name, extra = FAMILIES[family]
-    model = random_weights(build_model(make_params(family=name), seed=1))
-    if extra:
-        text = model.config.text_config
-        for key, value in extra.items():
-            setattr(text, key, value)
-        text.layer_types = ["full_attention", "sliding_attention"]
+    params = make_params(family=family.split()[0])
+    model = random_weights(sliding_model(params, window=4) if "window" in family else build_model(params, seed=1))
     if kind == "dense":
         monkeypatch.setattr("molmo_model.nn.attention.run_lengths", lambda ids: None)
     rng = torch.Generator().manual_seed(2)
@@ -194,8 +191,8 @@ def test_packed_trees_equal_separate_conversations(family, kind, make_params, mo
     assert loss_sum == pytest.approx(whole.loss_sum.item(), rel=1e-6)
     torch.testing.assert_close(whole.logits, torch.cat(logits), atol=1e-5, rtol=0)
     for key, value in model.named_parameters():
-        scale = packed_grads[key].abs().max().clamp(min=1e-3)
-        assert (value.grad - packed_grads[key]).abs().max() / scale < 1e-4, key
+        scale = packed_grads[key].abs().max()  # zero but for rounding in key biases, which a softmax does not see
+        assert (value.grad - packed_grads[key]).abs().max() < 1e-4 * scale + 1e-5, key
 
 
 @pytest.mark.parametrize("broken", ["segment_ids", "example_ids"])

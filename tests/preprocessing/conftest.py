@@ -21,10 +21,10 @@ def tokenizer():
 def build(tokenizer) -> Callable[..., Preprocessor]:
     """A preprocessor for 64-pixel crops of 16-pixel patches; keywords change the params' section."""
 
-    def make(vocab_size: int = 520, **section) -> Preprocessor:
+    def make(vocab_size: int = 520, image_size: int = 64, **section) -> Preprocessor:
         preprocessing = PreprocessingConfig(**{"max_crops": 4, "overlap_margins": [1, 1], **section})
         config = PreprocessorConfig.build(
-            preprocessing, image_size=64, patch_size=16, pooling_size=2, resize="siglip", vocab_size=vocab_size
+            preprocessing, image_size=image_size, patch_size=16, pooling_size=2, resize="siglip", vocab_size=vocab_size
         )
         return Preprocessor(config, tokenizer)
 

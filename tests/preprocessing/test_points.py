@@ -1,7 +1,7 @@
 """Points as text and back; an XML parser and a brute-force reading are the oracles."""
 
 import math
-import xml.etree.ElementTree as ElementTree
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest

@@ -14,6 +14,7 @@ directly or through other rows, always stand on the same side.
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,8 @@ PLACEHOLDER = "<image>"
 """Where LLaVA's text has an image."""
 POINT_UNITS = ("percent", "pixel")
 MAX_ID_LETTERS = 256
+STYLE = re.compile(r"[\w.:-]{1,64}")
+STYLE_RULE = "it must be a name of 1 to 64 letters, digits and _ . : -"
 FIELDS = (
     "id",
     "images",
@@ -70,8 +73,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.points_unit not in POINT_UNITS:
             raise ConfigError(f"dataset option points_unit is {self.points_unit!r}; known: {', '.join(POINT_UNITS)}")
-        if not self.style.strip():
-            raise ConfigError("dataset option style is empty; leave it out or name one")
+        if not STYLE.fullmatch(self.style):
+            raise ConfigError(f"dataset option style is {self.style!r}; {STYLE_RULE}")
 
 
 def make(config: DatasetConfig, seed: int) -> Iterator[tuple[str, Example | BadRow]]:
@@ -225,8 +228,8 @@ def _example(fields: dict[str, Any], images: ImageSource, options: Options) -> E
     weight = fields.get("weight", 1.0)
     if not is_number(weight) or weight <= 0:
         raise RowError("weight", f"is {weight!r}; it must be a finite number above 0")
-    if not style.strip():
-        raise RowError("style", "is empty")
+    if not STYLE.fullmatch(style):
+        raise RowError("style", f"is {style!r}; {STYLE_RULE}")
     conversation = Conversation(style, tuple(messages), float(weight), metadata)
     return Example(name, pictures, (conversation,))
 
@@ -251,10 +254,10 @@ def _id(fields: dict[str, Any]) -> str:
     name = fields.get("id")
     if isinstance(name, int) and not isinstance(name, bool):
         name = str(name)
-    if not isinstance(name, str) or not name.strip():
-        raise RowError(
-            "id", "is missing or empty" if name in (None, "") else f"is {name!r}; it must be text or a number"
-        )
+    if name is None or (isinstance(name, str) and not name.strip()):
+        raise RowError("id", "is missing or empty")
+    if not isinstance(name, str):
+        raise RowError("id", f"is {name!r}; it must be text or a number")
     if len(name) > MAX_ID_LETTERS or not name.isprintable():
         raise RowError("id", f"must be printable and at most {MAX_ID_LETTERS} letters long")
     return name

@@ -23,8 +23,9 @@ from molmo_model.data.example import Image
 from molmo_model.errors import ConfigError, StorageError
 from molmo_model.storage import is_remote, join, open_file
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
-"""Decoders that a user's file may reach. MPO is the JPEG with a second picture behind it that some cameras write."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Decoders that a user's file may reach. The one of JPEG also opens MPO, a JPEG with a second picture behind it that
+some cameras write."""
 MAX_FILE_BYTES = 256 * 2**20
 KEPT = 16
 """Images in memory, because rows about one image often stand together."""

@@ -1,0 +1,298 @@
+"""Row and column contracts of the tables that artefacts hold, checked by pandera; a broken one stops the stage.
+
+Rules about single rows and columns stand here and nowhere else. What is only unusual for a whole data set (too few
+rows, one answer everywhere) stands in `expectations.py` and only warns. pandera is imported inside the functions: it
+takes two seconds.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from molmo_model.config import lookup
+from molmo_model.data.example import SPLITS
+from molmo_model.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas
+    import pandera.pandas
+    import pyarrow
+
+    Table: TypeAlias = pyarrow.Table | pandas.DataFrame | Sequence[Mapping[str, Any]]
+
+SHOWN = 5
+"""Failing rows in the message of an error."""
+SHA256 = r"^[0-9a-f]{64}$"
+TAR_BLOCK = 512
+
+
+def check_table(table: "Table", schema: str, source: str | None = None) -> None:
+    """Checks a table against a contract of `SCHEMAS`.
+
+    Args:
+        table: Arrow table, pandas frame, or rows as mappings (of a JSONL file).
+        schema: name of the contract.
+        source: what to call the table in errors, such as its path; default: the name of the contract.
+
+    Raises:
+        ConfigError: there is no such contract.
+        DataError: naming the source, and the first failing rows by number, id, column and value.
+    """
+    build = lookup(SCHEMAS, schema, "table schema")
+    import pandera.errors
+
+    frame = _frame(table)
+    if frame.empty and not len(frame.columns):
+        return  # a JSONL file without rows has no columns either
+    try:
+        build().validate(frame, lazy=True)
+    except pandera.errors.SchemaErrors as error:
+        cases = sorted(error.failure_cases.to_dict("records"), key=_place)
+        lines = list(dict.fromkeys(_line(case, frame) for case in cases))  # a rule about rows is told for every column
+        more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        found = "".join(f"\n  {line}" for line in lines[:SHOWN])
+        number = f"{len(lines)} violation{'s' if len(lines) > 1 else ''}"
+        raise DataError(f"{source or schema}: {number} of the contract {schema!r}:{found}{more}") from error
+
+
+def _frame(table: "Table") -> "pandas.DataFrame":
+    import pandas as pd
+    import pyarrow as pa
+
+    if isinstance(table, pa.Table):
+        return table.to_pandas()
+    if isinstance(table, pd.DataFrame):
+        return table.reset_index(drop=True)
+    return pd.DataFrame(list(table))
+
+
+def _place(case: Mapping[str, Any]) -> int:
+    """Row of a violation; those of the table as a whole come first."""
+    import pandas as pd
+
+    return -1 if pd.isna(case["index"]) else int(case["index"])
+
+
+def _line(case: Mapping[str, Any], frame: "pandas.DataFrame") -> str:
+    """One violation in words."""
+    row, check, value = _place(case), case["check"], case["failure_case"]
+    if row < 0:
+        column = f"column {case['column']!r} " if case["schema_context"] == "Column" else ""
+        known = {
+            "column_in_dataframe": f"column {value!r} is missing",
+            "column_in_schema": f"column {value!r} is unknown",
+        }
+        return known.get(check, f"{column}is {value!r}; must be: {check}")
+    name = f" id {frame['id'].iloc[row]!r}" if "id" in frame else ""
+    what = f" {case['column']} is {value!r};" if case["schema_context"] == "Column" else ""
+    return f"row {row}{name}:{what} must be: {_WORDS.get(check, check)}"
+
+
+_WORDS = {"not_nullable": "not null", "field_uniqueness": "unique"}
+"""What pandera calls its own checks, in words."""
+
+
+@cache
+def _index() -> "pandera.pandas.DataFrameSchema":
+    """`index.parquet` of shards: one row per example."""
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema(
+        {
+            "id": _text(unique=True),
+            "split": _text(pa.Check.isin(SPLITS)),
+            "shard": _text(pa.Check.str_matches(r"^shards-[\w-]+\.tar$")),
+            "offset": _whole(0),
+            "size": _whole(1),
+            "text_size": _whole(1),
+            "sha256": _text(pa.Check.str_matches(SHA256)),
+            "n_images": _whole(0),
+            "widths": _lists(_pixels, "sides of at least 1 pixel"),
+            "heights": _lists(_pixels, "sides of at least 1 pixel"),
+            "image_sha256": _lists(_hashes, "SHA-256 in hexadecimal"),
+            "styles": _lists(_names, "at least one style, none of them empty"),
+            "n_conversations": _whole(1),
+            "chars": _whole(0),
+        },
+        checks=[
+            _rows("one width, height and hash per image", _counts_images),
+            _rows("one style per conversation", lambda frame: frame["styles"].map(len) == frame["n_conversations"]),
+            _rows("text_size <= size", lambda frame: frame["text_size"] <= frame["size"]),
+            _rows("ranges of whole tar blocks that do not overlap", _apart),
+        ],
+        strict=True,
+    )
+
+
+@cache
+def _problems() -> "pandera.pandas.DataFrameSchema":
+    """`problems.jsonl` of shards: one row per bad row."""
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema(
+        {
+            "file": _text(),
+            "line": _whole(1),
+            "id": pa.Column(None, pa.Check(_text_or_none, element_wise=True, error="text or null"), nullable=True),
+            "field": _text(),
+            "reason": _text(),
+        },
+        strict=True,
+    )
+
+
+@cache
+def _costs() -> "pandera.pandas.DataFrameSchema":
+    """`costs.parquet` of a mixture: what one example of one entry costs."""
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema(
+        {
+            "entry": _whole(0),
+            "id": _text(),
+            "row": _whole(0),
+            "key": _whole(0),
+            "tokens": _whole(0),
+            "crops": _whole(0),
+            "conversations": _lists(lambda items: len(items) > 0 and min(items) >= 0, "at least one conversation"),
+            "conversation_tokens": _lists(lambda items: len(items) > 0 and min(items) >= 1, "at least 1 token each"),
+        },
+        checks=[
+            _rows("one cost per conversation", _counts_conversations),
+            _rows("an example once per entry", lambda frame: ~frame.duplicated(["entry", "row"], keep="first")),
+        ],
+        strict=True,
+    )
+
+
+@cache
+def _predictions() -> "pandera.pandas.DataFrameSchema":
+    """`predictions.jsonl`: one row per evaluation item."""
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema(
+        {
+            "id": _text(unique=True),
+            "example_id": _text(),
+            "conversation": _whole(0),
+            "style": _text(),
+            "prompt": _text(empty=True),
+            "prediction": _text(empty=True),
+            "references": _mapping(),
+            "finish_reason": _text(pa.Check.isin(("stop", "length"))),
+            "tokens": _whole(0),
+            "prompt_tokens": _whole(1),
+            "image": _mapping(),
+        },
+        checks=[_rows("id is <example_id>#<conversation>", _item_ids)],
+        strict=True,
+    )
+
+
+@cache
+def _scores() -> "pandera.pandas.DataFrameSchema":
+    """`scores.jsonl`: the scores of one evaluation item."""
+    import pandera.pandas as pa
+
+    numbers = pa.Check(_unit_scores, element_wise=True, error="numbers from 0 to 1 by metric, at least one")
+    return pa.DataFrameSchema(
+        {
+            "id": _text(unique=True),
+            "scores": pa.Column(None, numbers),
+            "parsed": pa.Column(
+                None, pa.Check(lambda x: isinstance(x, bool), element_wise=True, error="true or false")
+            ),
+        },
+        strict=True,
+    )
+
+
+SCHEMAS: dict[str, Callable[[], "pandera.pandas.DataFrameSchema"]] = {
+    "index": _index,
+    "problems": _problems,
+    "costs": _costs,
+    "predictions": _predictions,
+    "scores": _scores,
+}
+"""The contracts by name; see `docs/artefacts.md` for what the tables mean."""
+
+
+def _text(*checks: Any, unique: bool = False, empty: bool = False) -> Any:
+    import pandera.pandas as pa
+
+    kind = pa.Check(
+        (lambda x: isinstance(x, str)) if empty else (lambda x: isinstance(x, str) and x != ""),
+        element_wise=True,
+        error="text" if empty else "text that is not empty",
+    )
+    return pa.Column(None, [kind, *checks], unique=unique)
+
+
+def _whole(least: int) -> Any:
+    import pandas as pd
+    import pandera.pandas as pa
+
+    kind = pa.Check(pd.api.types.is_integer_dtype, error="whole numbers")
+    return pa.Column(None, [kind, pa.Check.ge(least)])
+
+
+def _lists(good: Callable[[Any], bool], words: str) -> Any:
+    import pandera.pandas as pa
+
+    return pa.Column(None, pa.Check(lambda x: hasattr(x, "__len__") and good(x), element_wise=True, error=words))
+
+
+def _mapping() -> Any:
+    import pandera.pandas as pa
+
+    return pa.Column(None, pa.Check(lambda x: isinstance(x, dict), element_wise=True, error="an object"))
+
+
+def _rows(words: str, good: Callable[["pandas.DataFrame"], "pandas.Series"]) -> Any:
+    import pandera.pandas as pa
+
+    return pa.Check(good, name=words, error=words)
+
+
+def _pixels(items: Any) -> bool:
+    return len(items) == 0 or min(items) >= 1
+
+
+def _hashes(items: Any) -> bool:
+    return all(len(item) == 64 and set(item) <= set("0123456789abcdef") for item in items)
+
+
+def _names(items: Any) -> bool:
+    return len(items) > 0 and all(items)
+
+
+def _text_or_none(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _unit_scores(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(0.0 <= score <= 1.0 for score in value.values())
+
+
+def _counts_images(frame: "pandas.DataFrame") -> "pandas.Series":
+    good = frame["widths"].map(len) == frame["n_images"]
+    for column in ("heights", "image_sha256"):
+        good &= frame[column].map(len) == frame["n_images"]
+    return good
+
+
+def _counts_conversations(frame: "pandas.DataFrame") -> "pandas.Series":
+    return frame["conversations"].map(len) == frame["conversation_tokens"].map(len)
+
+
+def _item_ids(frame: "pandas.DataFrame") -> "pandas.Series":
+    return frame["id"] == frame["example_id"] + "#" + frame["conversation"].astype(str)
+
+
+def _apart(frame: "pandas.DataFrame") -> "pandas.Series":
+    """Per row whether its range of the shard is made of whole tar blocks and begins where the one before it ended, or
+    later."""
+    ordered = frame.sort_values(["shard", "offset"], kind="stable")
+    before = (ordered["offset"] + ordered["size"]).groupby(ordered["shard"]).shift(fill_value=0)
+    good = (ordered["offset"] >= before) & (ordered["offset"] % TAR_BLOCK == 0) & (ordered["size"] % TAR_BLOCK == 0)
+    return good.reindex(frame.index)

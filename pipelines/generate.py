@@ -1,0 +1,149 @@
+"""Asks a checkpoint a question about a picture, prints the answer and saves the picture with its points drawn.
+
+usage: python -m pipelines.generate checkpoint=FOLDER prompt=TEXT [image=FILE ...] [out=answer.png]
+                                    [max_new_tokens=256] [style=qa] [precision=fp32]
+
+checkpoint      a checkpoint's folder, such as artifacts/checkpoints/sft/step-000300
+image           a picture; several `image=` are asked about together, up to the model's max_images
+prompt          the question
+out             where the first picture goes, the points of the answer drawn; answer.png, written only if there are any
+max_new_tokens  the answer is cut off there
+style           task family that the prompt is framed for, where the model was trained with a `style` system prompt
+precision       fp32, bf16 or fp16
+
+Not a stage: writes no artefact. Exit codes: 0 answered, 2 refused with a message.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from molmo_model.errors import ConfigError, DataError
+from pipelines.stage import exit_on_error
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from molmo_model.data.example import Image
+
+OPTIONS = ("checkpoint", "prompt", "image", "out", "max_new_tokens", "style", "precision")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line."""
+
+    checkpoint: Path
+    prompt: str
+    images: list[Path] = field(default_factory=list)
+    out: Path | None = None
+    max_new_tokens: int = 256
+    style: str = "qa"
+    precision: str = "fp32"
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """The request of a command line.
+
+    Raises:
+        ConfigError: an unknown, missing, repeated or wrong option, by name.
+    """
+    values: dict[str, str] = {}
+    images = []
+    for argument in argv:
+        name, separator, value = argument.partition("=")
+        if not separator or name not in OPTIONS:
+            raise ConfigError(f"{argument!r} is no option; write one of {', '.join(f'{o}=...' for o in OPTIONS)}")
+        if not value:
+            raise ConfigError(f"{name}= is empty")
+        if name == "image":
+            images.append(Path(value))
+        elif name in values:
+            raise ConfigError(f"{name}= is given twice; only image= may be")
+        else:
+            values[name] = value
+    for name in ("checkpoint", "prompt"):
+        if name not in values:
+            raise ConfigError(f"{name}= is missing; --help shows the usage")
+    tokens = values.get("max_new_tokens", "256")
+    if not tokens.isdecimal() or int(tokens) < 1:
+        raise ConfigError(f"max_new_tokens={tokens} must be a whole number of at least 1")
+    return Request(
+        checkpoint=Path(values["checkpoint"]),
+        prompt=values["prompt"],
+        images=images,
+        out=Path(values["out"]) if "out" in values else None,
+        max_new_tokens=int(tokens),
+        style=values.get("style", "qa"),
+        precision=values.get("precision", "fp32"),
+    )
+
+
+def answer(request: Request) -> str:
+    """Answers a request, saves the picture if it was asked for or there are points; returns what to print.
+
+    Raises:
+        MolmoError: the checkpoint or a picture cannot be read, or the picture cannot be saved.
+    """
+    from molmo_model.config import Precision, lookup
+    from molmo_model.data.example import Conversation, Example, Message
+
+    precision = lookup({item.value: item for item in Precision}, request.precision, "precision")
+    read = [_read(path) for path in request.images]
+    # the answer's turn is only there because a conversation ends with one; the model is given what stands before it
+    turns = (Message("user", request.prompt), Message("assistant", "?"))
+    example = Example("question", tuple(image for image, _ in read), (Conversation(request.style, turns),))
+
+    from molmo_model.eval.inference import Predictor, Question
+    from molmo_model.preprocessing.points import extract_points
+
+    predictor = Predictor.load(request.checkpoint, precision)
+    (said,) = predictor.answer([Question(example)], request.max_new_tokens)
+    points = extract_points(said.text)
+    lines = [said.text + (f" [cut off at {said.tokens} tokens]" if said.finish_reason == "length" else "")]
+    if read and (points or request.out is not None):
+        lines.append(_save(read[0][1], points, request.out or Path("answer.png")))
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> "tuple[Image, npt.NDArray[np.uint8]]":
+    """A picture as the model gets it, and its pixels [H, W, 3]."""
+    from molmo_model.data.example import Image
+    from molmo_model.preprocessing.image import decode_image
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"image {path} cannot be read: {error.strerror}") from error
+    pixels = decode_image(data, name=str(path))
+    return Image(data, pixels.shape[1], pixels.shape[0], path.suffix.lstrip(".").upper() or "PNG"), pixels
+
+
+def _save(pixels: "npt.NDArray[np.uint8]", points: list[tuple[float, float]], out: Path) -> str:
+    """Saves the picture and says so."""
+    from molmo_model.eval.drawing import draw_points
+
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draw_points(pixels, points).save(out)
+    except (OSError, ValueError) as error:
+        raise DataError(f"out={out} cannot be written: {error}") from error
+    places = ", ".join(f"({x:g}, {y:g})" for x, y in points)
+    return f"{len(points)} point{'' if len(points) == 1 else 's'} drawn in {out}{': ' if points else ''}{places}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or "-h" in argv or "--help" in argv:
+        print((__doc__ or "").strip())
+        return
+    with exit_on_error("generate"):
+        print(answer(parse(argv)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Text metrics against the published rules' known cases (each trap that naive versions fall into) and brute force."""
+
+import random
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+
+from molmo_model.errors import EvaluationError
+from molmo_model.eval import vqa
+from molmo_model.eval.metrics import (
+    METRICS,
+    anls_of,
+    edit_distance,
+    parse_count,
+    relaxed_equal,
+    short_answer,
+)
+
+
+def value(metric, prediction, **references):
+    return METRICS[metric].score(prediction, references).values[METRICS[metric].primary]
+
+
+# --- what is taken as the answer
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("  Paris \n", "Paris"),
+        ("two\ntwo\nthree", "two"),
+        ("three\ntwo  \n two", "two"),
+        ("b\na", "b"),
+        ("It is big.\nAnswer: big", "big"),
+        ("Answer: a\nAnswer: b", "a"),
+        ("a   b", "a b"),
+        ("", ""),
+    ],
+)
+def test_short_answer_of_several_lines(prediction, answer):
+    assert short_answer(prediction) == answer
+
+
+def test_exact_match_ignores_case_and_outer_spaces_only():
+    assert value("exact_match", " Empty", answer="empty") == 1.0
+    assert value("exact_match", "emp ty", answer="empty") == 0.0
+    assert value("exact_match", "b", answer="a", metadata={"answers": ["a", "B"]}) == 1.0
+
+
+# --- relaxed accuracy
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "right"),
+    [
+        ("10.5", "10", True),
+        ("10.6", "10", False),
+        ("9.5", "10", True),
+        ("-10", "10", False),
+        ("5%", "0.05", True),
+        ("5%", "5", False),
+        ("1,000", "1000", False),
+        ("0.0", "0", False),
+        ("0", "0", True),
+        ("Blue", "blue", True),
+        ("blu", "blue", False),
+        ("nan", "5", False),
+        ("inf", "5", False),
+    ],
+)
+def test_relaxed_equal_as_published(prediction, target, right):
+    assert relaxed_equal(prediction, target) is right
+
+
+def test_relaxed_accuracy_counts_what_is_no_number_where_one_is_wanted():
+    score = METRICS["relaxed_accuracy"].score
+    assert not score("red", {"answer": "5"}).parsed
+    assert score("4", {"answer": "5"}).parsed
+    assert score("red", {"answer": "blue"}).parsed
+    assert score("5.1", {"answer": "5"}).values == {"relaxed_accuracy": 1.0, "exact_match": 0.0}
+
+
+# --- VQA
+
+
+def test_vqa_official_leaves_one_out_and_molmos_variant_does_not():
+    for matches, official, molmo in [(0, 0, 0), (1, 0.3, 1 / 3), (2, 0.6, 2 / 3), (3, 0.9, 1.0), (4, 1, 1), (10, 1, 1)]:
+        answers = ["dog"] * matches + [f"other{i}" for i in range(10 - matches)]
+        assert vqa.official("dog", answers) == pytest.approx(official)
+        assert vqa.molmo("dog", answers) == pytest.approx(molmo)
+
+
+def test_vqa_official_normalises_only_where_annotators_disagree():
+    assert vqa.official("Dog", ["dog"] * 10) == 0.0
+    assert vqa.official("Dog", ["dog"] * 9 + ["cat"]) == pytest.approx(1.0)
+    assert vqa.molmo("The Dog.", ["dog"] * 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The cats, dogs!", "cats dogs"),
+        ("two", "2"),
+        ("none", "0"),
+        ("dont", "don't"),
+        ("yall'll", "y'all'll"),
+        ("somebody'd", "somebodyd"),
+        ("1,000", "1000"),
+        ("a.b", "ab"),
+        ("3.5", "3.5"),
+        ("Mr. X", "mr x"),
+        ("left/right", "left right"),
+        ("left / right", "left right"),
+        ("an\napple\tpie", "apple pie"),
+    ],
+)
+def test_vqa_normalisation(text, normal):
+    assert vqa.normalize(text) == normal
+
+
+def test_vqa_period_rule_stops_after_32_as_the_official_count_argument_does():
+    assert vqa.normalize("x" + "." * 40 + "y") == "x" + "." * 8 + "y"
+
+
+def test_vqa_contractions_are_the_official_number():
+    assert len(vqa.CONTRACTIONS) == 114
+
+
+# --- ANLS
+
+
+@cache
+def levenshtein(a: str, b: str) -> int:
+    if not a or not b:
+        return len(a) + len(b)
+    return min(levenshtein(a[1:], b) + 1, levenshtein(a, b[1:]) + 1, levenshtein(a[1:], b[1:]) + (a[0] != b[0]))
+
+
+def test_edit_distance_equals_its_definition():
+    rng = random.Random(0)
+    for _ in range(300):
+        a, b = ("".join(rng.choices("abc", k=rng.randint(0, 7))) for _ in range(2))
+        assert edit_distance(a, b) == levenshtein(a, b)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "target", "score"),
+    [("ab", "ab", 1.0), ("AB", "ab", 1.0), ("abcd", "abce", 0.75), ("ab", "ax", 0.0), ("", "", 1.0), ("", "a", 0.0)],
+)
+def test_anls_is_zero_from_half_the_letters_wrong(prediction, target, score):
+    assert anls_of(prediction, target) == score
+
+
+def test_anls_takes_the_best_accepted_answer():
+    assert value("anls", "abcd", answer="zzzz", metadata={"answers": ["zzzz", "abce"]}) == 0.75
+
+
+# --- grids
+
+
+def test_caption_digits_compares_cell_by_cell():
+    score = METRICS["caption_digits"].score
+    references = {
+        "answer": "3 . 5 / . 7 1 / 0 . .",
+        "metadata": {"cells": [[3, None, 5], [None, 7, 1], [0, None, None]]},
+    }
+    assert score("3 . 5 / . 7 1 / 0 . .", references).values == {"digits": 1.0, "cells": 1.0, "exact": 1.0}
+    wrong = score("3 . 5 / . 7 2 / 0 4 .", references)
+    assert wrong.values == {"digits": pytest.approx(4 / 5), "cells": pytest.approx(7 / 9), "exact": 0.0}
+    assert wrong.parsed
+    shifted = score("3 5 / . 7 1 / 0 . .", references)  # a cell left out: its row is shifted, the shape is wrong
+    assert shifted.values["digits"] == pytest.approx(4 / 5)
+    assert not shifted.parsed
+    assert score("", references).values["digits"] == 0.0
+    assert score("3 . 5 / . 7 1 / 0 . .", {"answer": references["answer"]}).values["exact"] == 1.0
+
+
+def test_constant_caption_is_the_commonest_digit_of_every_cell():
+    training = [{"answer": text} for text in ("1 2 / . 3", "1 2 / . 4", "5 . / 6 4", "1 1 / . .")]
+    assert METRICS["caption_digits"].constant(training) == "1 2 / 6 4"
+
+
+# --- counting
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("3", 3),
+        ("There are three.", 3),
+        ("There are none.", 0),
+        ("none of them", 0),
+        ("nonesuch", None),
+        ("Counting the cats shows a total of 12.", 12),
+        ('Counting the <points x1="1.0" y1="2.0" x2="3.0" y2="4.0" alt="9">9</points> shows a total of 2.', 2),
+        ("a total of 4 cats", 4),
+        ('<point x="5.0" y="7.0" alt="cat">cat</point>', None),
+        ("", None),
+        ("-3", None),
+        ("iphone 3 x", None),
+        ("²", None),
+    ],
+)
+def test_parse_count(text, number):
+    assert parse_count(text) == number
+
+
+def test_count_scores():
+    score = METRICS["count"].score
+    assert score("3", {"answer": "3"}).values == {"correct": 1.0, "within_one": 1.0, "valid": 1.0}
+    assert score("4", {"answer": "3"}).values == {"correct": 0.0, "within_one": 1.0, "valid": 1.0}
+    assert score("many", {"answer": "3"}).values == {"correct": 0.0, "within_one": 0.0, "valid": 0.0}
+    assert not score("many", {"answer": "3"}).parsed
+    assert score("2", {"answer": "", "points": [[1, 1], [2, 2]]}).values["correct"] == 1.0
+
+
+# --- all of them
+
+ANSWERS = {
+    "exact_match": {"answer": "empty"},
+    "relaxed_accuracy": {"answer": "12.5"},
+    "vqa_accuracy": {"answer": "dog", "metadata": {"answers": ["dog"] * 10}},
+    "anls": {"answer": "Bill of sale"},
+    "caption_digits": {"answer": "1 . / . 2"},
+    "count": {"answer": "7"},
+    "pointing": {
+        "answer": '<point x="10.0" y="10.0" alt="a">a</point>',
+        "points": [[10.0, 10.0]],
+        "width": 100,
+        "height": 100,
+    },
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_gives_one_for_the_reference_and_stays_in_range(name):
+    metric, references = METRICS[name], ANSWERS[name]
+    perfect = metric.score(references["answer"], references)
+    assert set(perfect.values.values()) == {1.0}
+    assert perfect.parsed
+    rng = random.Random(name)
+    for _ in range(200):
+        text = "".join(rng.choices('ab 01.5%,/<>="\n', k=rng.randint(0, 30)))
+        score = metric.score(text, references)
+        assert score.values.keys() == perfect.values.keys()
+        assert all(0.0 <= item <= 1.0 for item in score.values.values())
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_has_a_constant_answer_of_its_own_kind(name):
+    metric, references = METRICS[name], ANSWERS[name]
+    constant = metric.constant([references] * 3)
+    assert metric.score(constant, references).parsed
+    assert metric.primary in metric.score(constant, references).values
+    assert metric.citation
+
+
+def test_constant_answer_is_the_majority():
+    training = [{"answer": answer} for answer in ("b", "a", "a", "c", "b")]
+    assert METRICS["exact_match"].constant(training) == "a"  # of equals the first in order
+    assert METRICS["count"].constant([{"answer": "2"}, {"answer": "3"}, {"answer": "3"}]) == "3"
+
+
+def test_a_metric_that_does_not_fit_the_task_says_so():
+    with pytest.raises(EvaluationError, match="no text answer"):
+        METRICS["exact_match"].score("a", {"answer": None})
+    with pytest.raises(EvaluationError, match="not a count"):
+        METRICS["count"].score("3", {"answer": "a dog"})
+
+
+def test_scoring_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys; import pipelines.score, molmo_model.eval.scoring, molmo_model.eval.predictions;"
+        "heavy = {'torch', 'numpy', 'transformers', 'pandas', 'scipy'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
