@@ -38,7 +38,9 @@ def code(asset: str) -> str:
     return source_digest(code_module(asset))
 
 
-@dg.asset(partitions_def=MODELS, group_name="model", kinds={"pytorch"}, code_version=code("models"), deps=reads("models"))
+@dg.asset(
+    partitions_def=MODELS, group_name="model", kinds={"pytorch"}, code_version=code("models"), deps=reads("models")
+)
 def models(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
     """Weights, tokenizer and preprocessor that runs start from: random or pretrained parts, put together."""
     return materialize(context, "models")
@@ -62,9 +64,7 @@ def validation(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
     return materialize(context, "validation")
 
 
-@dg.asset(
-    partitions_def=RUNS, group_name="data", kinds={"json"}, code_version=code("mixture"), deps=reads("mixture")
-)
+@dg.asset(partitions_def=RUNS, group_name="data", kinds={"json"}, code_version=code("mixture"), deps=reads("mixture"))
 def mixture(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
     """What one run is trained on: rates of the datasets and the cost of every example, shards named by digest."""
     return materialize(context, "mixture")
@@ -78,9 +78,7 @@ def mixture(context: dg.AssetExecutionContext) -> dg.MaterializeResult[Any]:
     deps=reads("training_run"),
     pool=ACCELERATOR,
 )
-def training_run(
-    context: dg.AssetExecutionContext, stage_process: StageProcess
-) -> Iterator[dg.MaterializeResult[Any]]:
+def training_run(context: dg.AssetExecutionContext, stage_process: StageProcess) -> Iterator[dg.MaterializeResult[Any]]:
     """One training, with torchrun. A run that starts from another run needs that one first; cancelling saves."""
     yield materialize(context, "training_run", stage_process)
     report_checkpoints(context, context.partition_key)

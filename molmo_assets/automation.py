@@ -27,6 +27,7 @@ def dvc_outputs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     signature = hashlib.sha256(sync.signature(params).encode()).hexdigest()
     if signature == context.cursor:
         return dg.SkipReason("no manifest, parameter or source file has changed")
+    sync.forget_sources()
     found = sync.sync(context.instance, params, seconds=SYNC_SECONDS)
     if found.finished:
         context.update_cursor(signature)

@@ -167,11 +167,15 @@ def partition_map(upstream: str, downstream: str, params: Params) -> dict[str, l
 
     Example: `partition_map("shards", "mixture", params)` is `{"charts": ["pretrain", "sft"], ...}`.
     """
-    readers = {str(key): input_paths(artefact(downstream, key, params), params) for key in partition_keys(downstream, params)}
+    readers = {
+        str(key): input_paths(artefact(downstream, key, params), params) for key in partition_keys(downstream, params)
+    }
     mapping = {}
     for owner in partition_keys(upstream, params):
         folder = artefact(upstream, owner, params).path
-        mapping[str(owner)] = [key for key, paths in readers.items() if any(path.is_relative_to(folder) for path in paths)]
+        mapping[str(owner)] = [
+            key for key, paths in readers.items() if any(path.is_relative_to(folder) for path in paths)
+        ]
     return mapping
 
 

@@ -50,7 +50,10 @@ register_checkpoint = job_of(
     "register_checkpoint", "Verify a checkpoint that lies there, and register it (partition: checkpoint).", checkpoint
 )
 evaluate = job_of(
-    "evaluate", "Ask a checkpoint the questions of a task, and score (partition: checkpoint|task).", predictions, metrics
+    "evaluate",
+    "Ask a checkpoint the questions of a task, and score (partition: checkpoint|task).",
+    predictions,
+    metrics,
 )
 gather_scores = job_of("gather_scores", "One checkpoint's scorecard (partition: checkpoint).", scorecard)
 make_report = job_of("make_report", "The report over eval.checkpoints.", report)

@@ -100,9 +100,7 @@ def refusals_as_failures() -> Iterator[None]:
 def report_checkpoints(context: Context, run_name: str) -> None:
     """Tells Dagster of a finished run's checkpoints, with the run that they came from as their provenance."""
     params = load_params(params_file())
-    chosen = [
-        item for item in all_artefacts(params) if item.asset == CHECKPOINT and item.key.get("run") == run_name
-    ]
+    chosen = [item for item in all_artefacts(params) if item.asset == CHECKPOINT and item.key.get("run") == run_name]
     report = sync.sync(context.instance, params, chosen=chosen, emit=context.log_event)
     for name in report.reported:
         context.log.info(f"registered {name}")

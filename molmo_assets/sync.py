@@ -65,7 +65,6 @@ def sync(
             to no run and nothing is checked.
         seconds: stop after this long; what is reported stays reported.
     """
-    forget_sources()
     emit_to = emit or instance.report_runless_asset_event
     report, until = Report(), time.monotonic() + seconds
     for item in all_artefacts(params) if chosen is None else chosen:
@@ -95,7 +94,9 @@ def sync(
 
 def event(item: Artefact, manifest: Manifest, tags: dict[str, str]) -> dg.AssetMaterialization:
     """The materialisation event of one artefact."""
-    partition = dg.MultiPartitionKey(item.key) if len(item.key) > 1 and "|" in (item.partition or "") else item.partition
+    partition = (
+        dg.MultiPartitionKey(item.key) if len(item.key) > 1 and "|" in (item.partition or "") else item.partition
+    )
     return dg.AssetMaterialization(item.asset, partition=partition, metadata=describe(item, manifest), tags=tags)
 
 
@@ -140,7 +141,9 @@ def prepare_home() -> Path:
 def main() -> None:
     """The command line; see the module."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"usage: python -m molmo_assets.sync\n\n{__doc__}\nThe instance is that of $DAGSTER_HOME, by default .dagster.")
+        print(
+            f"usage: python -m molmo_assets.sync\n\n{__doc__}\nThe instance is that of $DAGSTER_HOME, by default .dagster."
+        )
         return
     with exit_on_error("sync"):
         prepare_home()

@@ -29,6 +29,7 @@ def main() -> None:
 
     yaml = YAML()
     yaml.width = 120
+    yaml.preserve_quotes = True
     yaml.indent(mapping=2, sequence=4, offset=2)
     document = yaml.load(DVC_YAML)
     stale = []

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-os.environ.setdefault("MOLMO_PARAMS", str(ROOT / "params.yaml"))
+os.environ.setdefault("MOLMO_PARAMS", str(ROOT / "params.yaml"))  # as `pytest` may be started from anywhere
 os.environ["DAGSTER_DISABLE_TELEMETRY"] = "1"
 
 from molmo_assets import flow, sync  # noqa: E402
 from molmo_model.artifacts import write_manifest  # noqa: E402
-from molmo_model.config import Params, load_params, saved_steps  # noqa: E402
+from molmo_model.config import Params, checkpoint_name, load_params, saved_steps  # noqa: E402
 from pipelines.stage import Build, Stage, run  # noqa: E402
 
 
@@ -62,11 +63,21 @@ class Project:
     def params(self) -> Params:
         return load_params("params.yaml")
 
-    def edit(self, old: str, new: str) -> None:
+    def edit(self, change: Callable[[dict[str, Any]], object]) -> None:
         """Edits params.yaml."""
-        text = (self.path / "params.yaml").read_text(encoding="utf-8")
-        assert old in text
-        (self.path / "params.yaml").write_text(text.replace(old, new), encoding="utf-8")
+        raw = yaml.safe_load((self.path / "params.yaml").read_text(encoding="utf-8"))
+        change(raw)
+        (self.path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False), encoding="utf-8")
+
+    def saved(self, run: str) -> list[str]:
+        """The checkpoints that a run saves."""
+        return [checkpoint_name(run, step) for step in saved_steps(self.params.runs[run].train)]
+
+    @property
+    def unasked(self) -> list[str]:
+        """Saved checkpoints that `eval.checkpoints` does not name."""
+        every = [name for run in self.params.runs for name in self.saved(run)]
+        return [name for name in every if name not in self.params.eval.checkpoints]
 
     def produce(self, *assets: str, **key: str) -> None:
         """What `python -m pipelines.<stage>` does, for the artefacts that `dvc.yaml` names."""

@@ -6,6 +6,7 @@ import sys
 
 import dagster as dg
 import pytest
+import yaml
 
 from tests.assets.project import ROOT, flow
 
@@ -13,10 +14,18 @@ from tests.assets.project import ROOT, flow
 from molmo_assets.definitions import defs
 from molmo_assets.partitions import PARAMS, reads
 
-DATASETS = ["digit_scenes", "charts"]
-RUNS = ["pretrain", "sft"]
-CHECKPOINTS = ["pretrain/step-000150", "pretrain/step-000300", "sft/step-000150", "sft/step-000300"]
-TASKS = ["scene_qa", "scene_caption", "scene_count", "scene_point", "chart_qa"]
+RAW = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+DATASETS, RUNS, TASKS = list(RAW["datasets"]), ["pretrain", "sft"], list(RAW["tasks"])
+
+
+def saved(run: str) -> list[str]:
+    """A run's checkpoints, as params.yaml says it."""
+    train = RAW["runs"][run]["train"]
+    steps = [step for step in range(1, train["steps"] + 1) if step % train["save_every"] == 0 or step == train["steps"]]
+    return [f"{run}/step-{step:06d}" for step in steps]
+
+
+CHECKPOINTS = saved("pretrain") + saved("sft")
 CELLS = [f"{checkpoint}|{task}" for checkpoint in CHECKPOINTS for task in TASKS]
 
 GRAPH = {
@@ -108,7 +117,7 @@ def test_dependencies_are_the_inputs_of_the_stages(downstream: str) -> None:
                 unknown.append((partition, path.as_posix()))
     unread = {"checkpoint": {"models"}}  # only where eval.checkpoints names an untrained model
     assert set(flow.UPSTREAM[downstream]) - read == unread.get(downstream, set())
-    starts = [("sft", "artifacts/checkpoints/pretrain/step-000300")]
+    starts = [("sft", f"artifacts/checkpoints/{saved('pretrain')[-1]}")]
     assert unknown == (starts if downstream == "training_run" else [])
 
 
@@ -117,9 +126,7 @@ def test_partition_mappings() -> None:
     assert mappings["mixture"] is None
     assert mappings["models"] == dg.StaticPartitionMapping({"base": ["pretrain"]})
     mappings = {dep.asset_key.to_user_string(): dep.partition_mapping for dep in reads("checkpoint")}
-    assert mappings["training_run"] == dg.StaticPartitionMapping(
-        {"pretrain": CHECKPOINTS[:2], "sft": CHECKPOINTS[2:]},
-    )
+    assert mappings["training_run"] == dg.StaticPartitionMapping({"pretrain": saved("pretrain"), "sft": saved("sft")})
 
 
 def test_no_string_selections_and_no_postponed_annotations() -> None:

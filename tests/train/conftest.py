@@ -148,6 +148,7 @@ def make_trainer(workspace: Path, one_rank: Any) -> Any:
             resume=str(resume) if resume else None,
             timings=f"{name}/timings.jsonl",
         )
+        job.write()
         return build_trainer(job, params, one_rank, Never())[0]
 
     return make

@@ -86,11 +86,22 @@ def test_weights_of_another_shape_are_refused_by_name(make_trainer: Any, tmp_pat
         load_weights(model, tmp_path)
 
 
-def test_tied_weights_lie_once(prepared: Path, make_trainer: Any) -> None:
-    model = make_trainer().model
-    assert set(weight_tensors(model)) == set(read_shapes(START))
-    model.lm_head.weight = model.model.language_model.embed_tokens.weight
-    assert set(read_shapes(START)) - set(weight_tensors(model)) == {"lm_head.weight"}
+def test_tied_weights_lie_once_and_stay_tied(workspace: Path, one_rank: Any) -> None:
+    from molmo_model.config import load_params
+    from molmo_model.nn.build import build_model
+    from molmo_model.train.parallelize import build_sharded_model
+
+    params = load_params()
+    params.models["tiny"].language.tie_word_embeddings = True
+    plain = build_model(params.models["tiny"], 3)
+    folder = workspace / "tied"
+    plain.save_pretrained(folder)
+    model: Any = build_sharded_model(folder, params.runs["go"].train, one_rank)
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert set(weight_tensors(model)) == set(read_shapes(folder))
+    assert not any("lm_head" in name for name in read_shapes(folder))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name].full_tensor(), tensor), name
 
 
 def test_a_broken_state_is_named(make_trainer: Any) -> None:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from molmo_model.errors import DataError, MolmoError
 from molmo_model.nn.build import component_of
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
+from molmo_model.source_digest import ROOT
 from molmo_model.train.metrics_log import read_metrics
 
 START = Path("artifacts/checkpoints/tiny/step-000000")
@@ -140,3 +144,50 @@ def test_going_on_gives_the_same_bits_even_after_a_stop_between_saved_steps(make
                 assert path.read_bytes() == (Path("b") / path.relative_to("a")).read_bytes(), path
     assert Path("a/work/metrics.jsonl").read_bytes() == Path("b/work/metrics.jsonl").read_bytes()
     assert not Path("b/work/stopped").exists()
+
+
+RANK = """
+import sys
+from pathlib import Path
+from molmo_model.train import distributed, parallelize, worker
+from molmo_model.train.job import Job
+parallelize.SMALL_BLOCK = 0
+if sys.argv[2] == "large":
+    parallelize.LARGE_MODEL = 0
+job = Job.read(Path("a/work/job.json"))
+params = job.load_params()
+distributed.set_determinism(params.runs["go"].train)
+class Never:
+    wanted = False
+with distributed.process_group(Path(sys.argv[1])) as ranks:
+    trainer, _ = worker.build_trainer(job, params, ranks, Never())
+    units = [m for m in trainer.model.modules() if isinstance(m, parallelize.FSDPModule)]
+    assert len(units) == 1 + 2 + 2, len(units)
+    trainer.fit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_two_ranks_with_a_unit_per_block_compute_the_same(make_trainer: Any, tmp_path: Path, size: str) -> None:
+    """Also as large models do it: weights gathered again in the backward pass, gradients sent every micro-batch."""
+    options = ("runs.go.train.steps=3", "runs.go.train.save_every=3")
+    make_trainer(*options, name="b").fit(0)
+    make_trainer(*options).logs.metrics.close()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "meeting of two"), size],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    one, two = read_metrics(Path("b/work/metrics.jsonl")), read_metrics(Path("a/work/metrics.jsonl"))
+    assert len(two) == 3
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-4)
+    assert one[0]["grad_norm"] == pytest.approx(two[0]["grad_norm"], rel=1e-5)
+    assert sorted(path.name for path in Path("a/out/step-000003/train_state").glob("*.distcp")) == [
+        "__0_0.distcp",
+        "__1_0.distcp",
+    ]

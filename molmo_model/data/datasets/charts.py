@@ -31,7 +31,7 @@ from molmo_model.config import DatasetConfig
 from molmo_model.data.datasets.generated import encode_png, example_generator, held_out, package_folder, positions
 from molmo_model.data.datasets.options import check_range, parse_options
 from molmo_model.data.example import BadRow, Conversation, Example, Message
-from molmo_model.errors import DataError
+from molmo_model.errors import ConfigError, DataError
 
 EVAL_SHARE = 0.15
 """Share of every table's blocks that is held out for evaluation; at least one block."""
@@ -40,6 +40,9 @@ MIN_VALUES = 3
 GLYPH_WIDTH, GLYPH_HEIGHT = 6, 11
 """Pixels of one letter of the bitmap font."""
 PAPER, INK = (255, 255, 255), (0, 0, 0)
+ROW_PITCH = 16
+"""Pixels from one row of words to the next where numbers stand in a row: a row lies within one row of 16-pixel patches."""
+NUMBERS = ("above", "row")
 COLOURS = ((66, 114, 182), (214, 112, 52), (78, 148, 82), (182, 62, 68), (124, 96, 168), (110, 110, 110))
 
 RawRow = Mapping[str, Any]
@@ -54,11 +57,20 @@ class Options:
     height: int = 96
     max_values: int = 6
     """Most values of a chart; fewer where their labels would overlap."""
+    numbers: str = "above"
+    """Where the values are printed: `above` each bar or point, or in a `row` of their own under the labels, as in the
+    data table of a spreadsheet's chart. Words that always stand at one height are learned much sooner."""
+    scale: int = 1
+    """Every pixel of the drawing becomes this many in width and height, letters included; width and height count
+    pixels before."""
 
     def __post_init__(self) -> None:
         check_range("width", self.width, 128, 2048)
         check_range("height", self.height, 72, 2048)
         check_range("max_values", self.max_values, MIN_VALUES, 24)
+        check_range("scale", self.scale, 1, 8)
+        if self.numbers not in NUMBERS:
+            raise ConfigError(f"dataset option numbers is {self.numbers!r}; known: {', '.join(NUMBERS)}")
 
 
 @dataclass(frozen=True)
@@ -335,7 +347,7 @@ def _choose(options: Options, split: str, rng: np.random.Generator) -> Chart:
 
 
 def _draw(options: Options, chart: Chart, colour: tuple[int, int, int]) -> PILImage.Image:
-    """The chart, values printed above bars or points, no axis of numbers."""
+    """The chart, values printed above bars or points or in the lowest row, no axis of numbers."""
     picture = PILImage.new("RGB", (options.width, options.height), PAPER)
     draw = ImageDraw.Draw(picture)
     slot = options.width / len(chart.values)
@@ -348,16 +360,19 @@ def _draw(options: Options, chart: Chart, colour: tuple[int, int, int]) -> PILIm
         top, bottom = (height - 2, height + 2) if chart.kind == "line" else sorted((height, base))
         draw.rectangle((centre - half, top, centre + half, bottom), fill=colour)
     for centre, height, label, value in zip(centres, heights, chart.labels, chart.values, strict=True):
-        _write(draw, options, centre, min(height, base) - GLYPH_HEIGHT - 2, str(value))
-        _write(draw, options, centre, options.height - GLYPH_HEIGHT, label)
+        above = min(height, base) - GLYPH_HEIGHT - 2
+        last = options.height - GLYPH_HEIGHT
+        in_row = options.numbers == "row"
+        _write(draw, options, centre, last if in_row else above, str(value))
+        _write(draw, options, centre, last - ROW_PITCH if in_row else last, label)
     _write(draw, options, options.width / 2, 0, chart.title)
-    return picture
+    return picture.resize((options.width * options.scale, options.height * options.scale), PILImage.Resampling.NEAREST)
 
 
 def _base(options: Options, chart: Chart) -> int:
     """Pixel row of zero for bars; for lines the bottom of the plot."""
     if chart.kind == "line":
-        return options.height - GLYPH_HEIGHT - 4
+        return _plot(options)[1]
     return _scaled(options, 0.0, *_limits(chart))
 
 
@@ -375,8 +390,15 @@ def _limits(chart: Chart) -> tuple[float, float]:
 
 
 def _scaled(options: Options, value: float, low: float, high: float) -> int:
-    top, bottom = 2 * GLYPH_HEIGHT + 4, options.height - GLYPH_HEIGHT - 4
+    top, bottom = _plot(options)
     return round(bottom - (value - low) / (high - low) * (bottom - top))
+
+
+def _plot(options: Options) -> tuple[int, int]:
+    """Pixel rows of the plot's top and bottom; words stand above and below."""
+    if options.numbers == "row":
+        return GLYPH_HEIGHT + 4, options.height - ROW_PITCH - GLYPH_HEIGHT - 4
+    return 2 * GLYPH_HEIGHT + 4, options.height - GLYPH_HEIGHT - 4
 
 
 def _write(draw: ImageDraw.ImageDraw, options: Options, centre: float, top: int, text: str) -> None:
