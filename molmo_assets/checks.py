@@ -1,16 +1,16 @@
 """Asset checks: what must hold before anything stands on an artefact.
 
-Blocking ones gate bad data and bad numbers; the statistics of Great Expectations only warn. Row and column contracts are
-those of `molmo_model.data.schemas`, which the stages hold too when they write: a check here says that the artefact that
-lies there still keeps them. `RULES` is the table; Dagster runs a rule as a check, `molmo_assets.sync` runs it on what
-was made elsewhere.
+Blocking ones gate bad data and bad numbers; the statistics of Great Expectations only warn. Row and column contracts
+are those of `molmo_model.data.schemas`, which the stages hold too when they write: a check here says that the artefact
+that lies there still keeps them. `RULES` is the table; a job of assets runs a rule as a step, the job `everything` runs
+it on each artefact that it makes.
 """
 
 import json
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import dagster as dg
@@ -61,21 +61,10 @@ class Rule:
         )
 
 
-def evaluations(item: Artefact, params: Params) -> Iterator[dg.AssetCheckEvaluation]:
-    """The evaluations of all rules of an artefact that no Dagster step has checked."""
-    for rule in RULES:
-        if rule.asset == item.asset:
-            result = rule.holds(item, params)
-            yield dg.AssetCheckEvaluation(
-                asset_key=dg.AssetKey(item.asset),
-                check_name=rule.name,
-                passed=result.passed,
-                metadata=dict(result.metadata or {}),
-                severity=result.severity,
-                description=result.description,
-                blocking=rule.blocking,
-                partition=item.partition,
-            )
+def failures(item: Artefact, params: Params) -> list[str]:
+    """What the blocking rules of an artefact find, for steps that are no asset's and have no checks of their own."""
+    results = {rule.name: rule.holds(item, params) for rule in RULES if rule.asset == item.asset and rule.blocking}
+    return [f"{item.name}: {name}: {result.description}" for name, result in results.items() if not result.passed]
 
 
 def check_of(rule: Rule) -> dg.AssetChecksDefinition:

@@ -23,8 +23,8 @@ DVC_PARAMS = "params.yaml"
 def commit(items: Sequence[Artefact]) -> str:
     """Records artefacts in `dvc.lock`; returns one line that says what was done, or why nothing.
 
-    Stages that read a folder which the artefacts lie in (`artifacts/shards`) are recorded anew when they are up to date:
-    DVC sees the folder, not the part of it that they read.
+    Stages that read a folder which the artefacts lie in (`artifacts/shards`) are recorded anew when they are up to
+    date: DVC sees the folder, not the part of it that they read.
 
     Raises:
         ArtifactError: an artefact is not what the workspace would make; names the difference. Nothing is recorded then.

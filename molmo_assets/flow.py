@@ -48,8 +48,9 @@ UPSTREAM: dict[str, tuple[str, ...]] = {
 }
 """Every asset and what it reads, in topological order. A test compares this with the stages' own inputs."""
 
-CHILD_STAGES = ("train", "predict")
-"""Stages that compute for long: they run as a supervised child process instead of in the step's own."""
+CHILD_STAGES = {"train": True, "predict": False}
+"""Stages that compute for long: they run as a supervised child process instead of in the step's own. True: the stage
+reports its progress and its checkpoints over Dagster Pipes."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def split_key(asset: str, partition: str) -> dict[str, str]:
 
 def depends_on_all(upstream: str, downstream: str) -> bool:
     """A cell depends on the shards of all datasets: Dagster has no mapping from one dimension of a cell to a key that
-    is no dimension of it. `molmo_assets.sync` knows better, and reports a cell anew when only another dataset has changed."""
+    is no dimension of it. `molmo_assets.sync` knows better: it reports a cell anew when another dataset changed."""
     above, below = dimensions(upstream), dimensions(downstream)
     return len(below) > 1 and not set(above) & set(below)
 

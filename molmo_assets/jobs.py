@@ -75,7 +75,7 @@ STEPS = [step_of(asset) for asset in STAGES]
 @dg.job(description="Everything that the params name, in order, like dvc repro.", executor_def=dg.in_process_executor)
 def everything() -> None:
     """Reports each artefact as a materialisation as soon as its kind is done."""
-    done = []
+    done: list[Any] = []
     for step in STEPS:
         done = [step(done)]
 

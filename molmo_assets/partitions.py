@@ -51,9 +51,12 @@ def reads(asset: str) -> list[dg.AssetDep]:
 
 
 def _mapping(upstream: str, downstream: str) -> dg.PartitionMapping | None:
-    """None where Dagster's own inference is right: equal partitions, one a dimension of the other, or none at all."""
+    """None where Dagster's own inference is right: equal partitions, or one a dimension of the other."""
     above, below = dimensions(upstream), dimensions(downstream)
-    if not below or set(above) & set(below):
+    if not below:
+        read = partition_map(upstream, downstream, PARAMS)
+        return dg.SpecificPartitionsPartitionMapping([key for key, readers in read.items() if readers])
+    if set(above) & set(below):
         return None
     if depends_on_all(upstream, downstream):
         return dg.AllPartitionMapping()

@@ -46,7 +46,7 @@ def start(command: Sequence[str], env: Mapping[str, str]) -> Tree:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        preexec_fn=_die_with_parent,
+        preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call; imports and allocates nothing
     )
     return Tree(process, marker)
 

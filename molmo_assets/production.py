@@ -8,6 +8,7 @@ from typing import Any
 import dagster as dg
 
 from molmo_assets import dvc_commit, sync
+from molmo_assets.checks import failures
 from molmo_assets.flow import (
     CHECKPOINT,
     CHILD_STAGES,
@@ -54,7 +55,8 @@ def produce(context: Context, item: Artefact, params: Params, process: StageProc
             arguments = [f"{name}={value}" for name, value in item.key.items()]
             if params_for(item, params) is not params:
                 arguments.append(f"eval.checkpoints=[{item.key['checkpoint']}]")
-            process.run(context, item.stage.module, [*arguments, f"params={params_file()}"], listener(context, item))
+            on_message = listener(context, item) if CHILD_STAGES[item.stage.name] else None
+            process.run(context, item.stage.module, [*arguments, f"params={params_file()}"], on_message)
             manifest = item.manifest()
         else:
             manifest = run(item.stage, params_for(item, params), **item.key)
@@ -71,7 +73,7 @@ def produce_all(context: Context, asset: str, params: Params, process: StageProc
         items = [item for item in all_artefacts(params) if item.asset == asset and item.key in wanted]
         late = [item for item in items if item.differences(params)]
         if stage.name == "predict" and late:  # one process loads torch once for all cells
-            process.run(context, stage.module, [f"params={params_file()}"], listener(context, late[0]))
+            process.run(context, stage.module, [f"params={params_file()}"], None)
         for item in late:
             if stage.name == "train":
                 arguments = [f"run={item.key['run']}", f"params={params_file()}"]
@@ -84,8 +86,8 @@ def produce_all(context: Context, asset: str, params: Params, process: StageProc
         found = sync.sync(context.instance, params, chosen=[*items, *parts], emit=context.log_event)
         for name in found.reported:
             context.log.info(f"reported {name}")
-        if found.failed:
-            raise ArtifactError("; ".join(found.failed))
+        if failed := [failure for item in items for failure in failures(item, params)]:
+            raise ArtifactError(f"blocking checks failed: {'; '.join(failed)}")
 
 
 @contextlib.contextmanager

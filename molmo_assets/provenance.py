@@ -81,10 +81,10 @@ def recorded_tags(instance: dg.DagsterInstance, item: Artefact) -> dict[str, str
 def upstream_partitions(item: Artefact, upstream: str, params: Params) -> list[str]:
     """The upstream partitions that an artefact stands on, by the same rule as `partitions.reads`."""
     every = [str(key) for key in partition_keys(upstream, params)]
-    if item.partition is None or depends_on_all(upstream, item.asset):
+    if depends_on_all(upstream, item.asset):
         return every
-    own = split_key(item.asset, item.partition)
+    own = split_key(item.asset, item.partition) if item.partition is not None else {}
     if shared := own.keys() & set(dimensions(upstream)):
         return [key for key in every if all(split_key(upstream, key)[name] == own[name] for name in shared)]
     mapping = partition_map(upstream, item.asset, params)
-    return [key for key in every if item.partition in mapping[key]]
+    return [key for key in every if str(item.partition) in mapping[key]]

@@ -31,7 +31,7 @@ class StageProcess(dg.ConfigurableResource):
         context: dg.AssetExecutionContext | dg.OpExecutionContext,
         module: str,
         arguments: list[str],
-        on_message: Callable[[Mapping[str, Any]], None],
+        on_message: Callable[[Mapping[str, Any]], None] | None,
     ) -> None:
         """Runs one stage to its end.
 
@@ -39,44 +39,62 @@ class StageProcess(dg.ConfigurableResource):
             context: of the step that waits for it.
             module: such as `pipelines.train`.
             arguments: `key=value` each.
-            on_message: called in this thread with every custom message of the stage, soon after it was sent.
+            on_message: called in this thread with every custom message of the stage, soon after it was sent; None for
+                a stage that sends none.
 
         Raises:
             Failure: the stage exited with another code than 0; carries the last lines of its stderr.
         """
         command = lookup(LAUNCHERS, self.launcher, "launcher")(module, arguments)
-        with dg.open_pipes_session(
-            context=context,
-            context_injector=dg.PipesTempFileContextInjector(),
-            message_reader=dg.PipesTempFileMessageReader(),
-        ) as session:
-            tree = process_tree.start(command, session.get_bootstrap_env_vars())
-            context.log.info(f"process {tree.process.pid}: {' '.join(command)}")
-            last_lines, reader = _forward_stderr(tree)
-            seen = 0
-            try:
-                while tree.process.poll() is None:
-                    time.sleep(self.poll_seconds)
-                    seen = _hand_on(session, seen, on_message)
-            except BaseException:  # a cancelled run arrives as an interrupt, wherever this thread is
-                process_tree.end(tree, self.grace_seconds, context.log.warning)
-                _hand_on(session, seen, on_message)
-                raise
-            if tree.alive():  # it ended by itself but left something behind
-                process_tree.end(tree, 1.0, context.log.warning)
-            reader.join(timeout=5)
-        _hand_on(session, seen, on_message)
+        if on_message is None:
+            tree = process_tree.start(command, {})
+            last_lines = self._wait(context, tree, command, lambda: None)
+        else:
+            with dg.open_pipes_session(
+                context=context,
+                context_injector=dg.PipesTempFileContextInjector(),
+                message_reader=dg.PipesTempFileMessageReader(),
+            ) as session:
+                mailbox = _Mailbox(session, on_message)
+                tree = process_tree.start(command, session.get_bootstrap_env_vars())
+                last_lines = self._wait(context, tree, command, mailbox.hand_on)
+            mailbox.hand_on()
         if (code := tree.process.returncode) != 0:
             stopped = "stopped on request, its state is saved" if code == STOPPED_ON_REQUEST else f"exited with {code}"
             text = "\n".join(last_lines)
             raise dg.Failure(f"{module} {' '.join(arguments)} {stopped}\n{text}", metadata={"exit_code": code})
 
+    def _wait(
+        self, context: Any, tree: process_tree.Tree, command: list[str], hand_on: Callable[[], None]
+    ) -> deque[str]:
+        """Waits for the child, handing on its messages; returns its last lines. An interrupt ends its whole tree."""
+        context.log.info(f"process {tree.process.pid}: {' '.join(command)}")
+        last_lines, reader = _forward_stderr(tree)
+        try:
+            while tree.process.poll() is None:
+                time.sleep(self.poll_seconds)
+                hand_on()
+        except BaseException:  # a cancelled run arrives as an interrupt, wherever this thread is
+            process_tree.end(tree, self.grace_seconds, context.log.warning)
+            hand_on()
+            raise
+        if tree.alive():  # it ended by itself but left something behind
+            process_tree.end(tree, 1.0, context.log.warning)
+        reader.join(timeout=5)
+        return last_lines
 
-def _hand_on(session: Any, seen: int, on_message: Callable[[Mapping[str, Any]], None]) -> int:
-    messages = session.get_custom_messages()
-    for message in messages[seen:]:
-        on_message(message)
-    return len(messages)
+
+class _Mailbox:
+    """The custom messages of a Pipes session, each handed on once."""
+
+    def __init__(self, session: Any, on_message: Callable[[Mapping[str, Any]], None]) -> None:
+        self.session, self.on_message, self.seen = session, on_message, 0
+
+    def hand_on(self) -> None:
+        messages = self.session.get_custom_messages()
+        for message in messages[self.seen :]:
+            self.on_message(message)
+        self.seen = len(messages)
 
 
 def _forward_stderr(tree: process_tree.Tree) -> tuple[deque[str], threading.Thread]:

@@ -18,7 +18,6 @@ from pathlib import Path
 import dagster as dg
 
 from molmo_assets import provenance
-from molmo_assets.checks import evaluations
 from molmo_assets.flow import Artefact, all_artefacts
 from molmo_assets.metadata import describe
 from molmo_assets.partitions import params_file
@@ -28,7 +27,6 @@ from molmo_model.errors import ArtifactError
 from molmo_model.source_digest import source_closure, source_digest
 from pipelines.stage import exit_on_error
 
-Event = dg.AssetMaterialization | dg.AssetCheckEvaluation
 REPORTED_BY = "molmo/reported_by"
 """Tag of the events that we report; its value says by what."""
 
@@ -41,8 +39,6 @@ class Report:
     """Names of the artefacts that are now known to Dagster."""
     out_of_date: dict[str, str] = field(default_factory=dict)
     """Artefacts that lie there, are new to Dagster, and are not what the params would make; with the first reason."""
-    failed: list[str] = field(default_factory=list)
-    """Blocking checks that failed, with what they found; of a run's step only."""
     finished: bool = True
     """False: time was up; call again."""
 
@@ -52,7 +48,7 @@ def sync(
     params: Params,
     *,
     chosen: Iterable[Artefact] | None = None,
-    emit: Callable[[Event], object] | None = None,
+    emit: Callable[[dg.AssetMaterialization], object] | None = None,
     seconds: float = math.inf,
 ) -> Report:
     """Reports to Dagster what lies in the workspace.
@@ -61,8 +57,7 @@ def sync(
         instance: what Dagster knows.
         params: the params as they are now.
         chosen: the artefacts to look at, in topological order; all by default.
-        emit: takes the events of a run's step, with the results of the artefacts' checks; without it the events belong
-            to no run and nothing is checked.
+        emit: takes the events; by default they belong to no run.
         seconds: stop after this long; what is reported stays reported.
     """
     emit_to = emit or instance.report_runless_asset_event
@@ -83,12 +78,6 @@ def sync(
             continue
         emit_to(event(item, manifest, {**tags, REPORTED_BY: "sync"}))
         report.reported.append(item.name)
-        if emit is None:
-            continue  # Dagster 1.13 can keep only one evaluation of a partition that belongs to no run
-        for evaluation in evaluations(item, params):
-            emit(evaluation)
-            if evaluation.blocking and not evaluation.passed:
-                report.failed.append(f"{item.name}: {evaluation.check_name}: {evaluation.description}")
     return report
 
 
@@ -142,7 +131,7 @@ def main() -> None:
     """The command line; see the module."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(
-            f"usage: python -m molmo_assets.sync\n\n{__doc__}\nThe instance is that of $DAGSTER_HOME, by default .dagster."
+            f"usage: python -m molmo_assets.sync\n\n{__doc__}\nThe instance is $DAGSTER_HOME's, by default .dagster's."
         )
         return
     with exit_on_error("sync"):

@@ -8,7 +8,7 @@ the model is built from these dataclasses in `molmo_model.nn`.
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,9 @@ class VisionConfig:
     num_layers: int | None = None
     """Layers of the full encoder; negative `feature_layers` count from here, and unused last ones are not built."""
     num_heads: int | None = None
-    feature_layers: list[int] = field(default_factory=lambda: [-2, -9])
-    """Blocks whose outputs are concatenated on the channel, in this order; 0-based, negative from the end."""
+    feature_layers: list[int] = field(default_factory=list)
+    """Blocks whose outputs are concatenated on the channel, in this order; 0-based, negative from the end. Empty takes
+    the encoder's own, such as [-2, -9] for CLIP."""
 
 
 @dataclass
@@ -273,7 +274,7 @@ class RunConfig:
 
 @dataclass
 class TaskConfig:
-    """One evaluation task; a name of the table in `molmo_model.eval.tasks` or a task of your own."""
+    """One evaluation task: which conversations are asked and how the answers are scored."""
 
     dataset: str = MISSING
     styles: list[str] = field(default_factory=list)
@@ -396,7 +397,7 @@ def params_from_dict(raw: Mapping[str, Any], source: str, overrides: Iterable[st
 
 def to_dict(config: Any) -> Any:
     """A dataclass of this module as plain JSON values; enums by their value."""
-    return _plain(OmegaConf.to_container(OmegaConf.structured(config)))
+    return _plain(asdict(config))
 
 
 def pick(params: Params, paths: Iterable[str]) -> dict[str, Any]:

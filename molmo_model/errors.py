@@ -29,6 +29,10 @@ class StorageError(MolmoError):
     """A path or URL cannot be opened, listed or copied."""
 
 
+class TrainingError(MolmoError):
+    """A run went wrong on its way: a loss that is not finite, a rank that died."""
+
+
 class EvaluationError(MolmoError):
     """Predictions, journals or metrics contradict each other or their task."""
 

@@ -14,11 +14,24 @@ from typing import TYPE_CHECKING, Any
 from pipelines.stage import Build, Stage, main, state_root
 
 if TYPE_CHECKING:
+    from molmo_model.artifacts import Manifest
     from molmo_model.config import Precision
     from molmo_model.data.shards import ShardReader
     from molmo_model.eval.inference import Predictor
     from molmo_model.eval.journal import Journal
     from molmo_model.eval.tasks import Item
+
+
+def journals() -> Path:
+    """The store of answers that all builds of this stage share: not the state of one of them."""
+    return state_root() / "predict" / "journal"
+
+
+def journal_folder(checkpoint: "Manifest") -> Path:
+    """Where the answers of a checkpoint's weights are journalled."""
+    from molmo_model.eval.journal import weights_digest
+
+    return journals() / weights_digest(checkpoint)[:20]
 
 
 def build(stage: Build) -> dict[str, Any]:
@@ -39,7 +52,7 @@ def build(stage: Build) -> dict[str, Any]:
     decoding = {"strategy": "greedy", "max_new_tokens": task.max_new_tokens}
     identity = identity_of(checkpoint, source_digest("molmo_model.eval.inference"), decoding, precision.value)
     keys = [identity.key(item.images, prompt) for item, prompt in zip(asked, prompts, strict=True)]
-    with Journal(state_root() / "predict" / "journal" / identity.weights[:20], name) as journal:
+    with Journal(journal_folder(checkpoint), name) as journal:
         for problem in journal.problems:
             print(f"predict: journal: {problem}")
         missing = [index for index, key in enumerate(keys) if journal.get(key) is None]

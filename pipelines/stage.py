@@ -128,7 +128,7 @@ def run(stage: Stage, params: Any, **key: str) -> Manifest:
         made_from = stamp(stage, params, key)
         if (manifest := _finished(target, made_from, stage)) is not None:
             return manifest
-        state = state_root() / stage.name / digest_of({"key": key, "version": stage.version, **made_from})[:20]
+        state = state_dir(stage, key, made_from)
         out, work = state / "out", state / "work"
         manifest = _finished(out, made_from, stage)
         if manifest is None:
@@ -171,6 +171,12 @@ def state_root() -> Path:
     return Path(os.environ.get("MOLMO_STATE_DIR", ".state"))
 
 
+def state_dir(stage: Stage, key: Key, made_from: Mapping[str, Any]) -> Path:
+    """Where one identity of an artefact is built: another input, param or line of code has another directory."""
+    identity = digest_of({"key": dict(key), "version": stage.version, **made_from})
+    return state_root() / stage.name / identity[:20]
+
+
 def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
     """`python -m pipelines.<stage> [key=value ...]`: partition keys, `params=FILE`, and overrides of the params.
 
@@ -184,8 +190,8 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
     from molmo_model.config import load_params
 
     with exit_on_error(stage.name):
-        options = dict(_option(arg) for arg in argv if _option(arg)[0] in (*stage.keys, "params"))
-        overrides = [arg for arg in argv if _option(arg)[0] not in (*stage.keys, "params")]
+        options = dict(option(arg) for arg in argv if option(arg)[0] in (*stage.keys, "params"))
+        overrides = [arg for arg in argv if option(arg)[0] not in (*stage.keys, "params")]
         params = load_params(options.pop("params", "params.yaml"), overrides)
         for key, manifest in run_all(stage, params, options):
             print(f"{stage.name} {' '.join(key.values())}: {manifest.digest[:16]} in {stage.target(key)}")
@@ -215,7 +221,8 @@ def exit_on_error(name: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def _option(argument: str) -> tuple[str, str]:
+def option(argument: str) -> tuple[str, str]:
+    """`name=value` as a pair; without `=` the value is empty."""
     name, _, value = argument.partition("=")
     return name, value
 

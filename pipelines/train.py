@@ -59,7 +59,7 @@ def build(build: Build) -> dict[str, Any]:
 
     Raises:
         PreflightError: the run does not fit this machine.
-        MolmoError: a rank failed; carries its message or its traceback.
+        TrainingError: a rank failed; carries its message or its traceback.
         SystemExit: with code 75, stopped on request.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

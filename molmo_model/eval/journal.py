@@ -60,6 +60,17 @@ class Identity:
         return digest_of({**asdict(self), "images": list(images), "prompt": list(prompt)})
 
 
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def weights_digest(checkpoint: Manifest) -> str:
+    """Digest over the safetensors files of a checkpoint; names the folder of its journals."""
+    return digest_of(
+        {name: entry.sha256 for name, entry in checkpoint.files.items() if "/" not in name and _is_weights(name)}
+    )
+
+
 def identity_of(checkpoint: Manifest, code: str, decoding: Mapping[str, Any], precision: str) -> Identity:
     """The identity of a checkpoint's answers, from the hashes in its manifest and the installed libraries.
 
@@ -75,10 +86,10 @@ def identity_of(checkpoint: Manifest, code: str, decoding: Mapping[str, Any], pr
         return digest_of({name: sha256 for name, sha256 in top.items() if wanted(name)})
 
     return Identity(
-        weights=digest(lambda name: name.endswith(".safetensors")),
+        weights=weights_digest(checkpoint),
         config=digest(lambda name: name in MODEL_FILES),
         preprocessor=digest(lambda name: name == PREPROCESSOR_FILE),
-        tokenizer=digest(lambda name: not name.endswith(".safetensors") and name not in known),
+        tokenizer=digest(lambda name: not _is_weights(name) and name not in known),
         code=code,
         versions={name: version(name) for name in LIBRARIES},
         decoding=decoding,

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from molmo_model import errors
-from molmo_model.errors import MolmoError
+from molmo_model.errors import MolmoError, TrainingError
 
 POLL_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1
@@ -198,15 +198,15 @@ def failure(errors_folder: Path, output: Path, code: int) -> MolmoError:
     if not reports:
         text = output.read_text(encoding="utf-8", errors="replace") if output.exists() else ""
         cause = text[text.rfind("Root Cause") :] if "Root Cause" in text else text
-        return MolmoError(
+        return TrainingError(
             f"training ended with code {code} and no traceback; see {output}\n{cause[-LOG_TAIL:].strip()}"
         )
     first = min(reports, key=lambda report: report["time"])
-    kind = getattr(errors, first["type"], MolmoError)
-    kind = kind if isinstance(kind, type) and issubclass(kind, MolmoError) else MolmoError
-    if kind is not MolmoError or first["type"] == "MolmoError":
+    kind = getattr(errors, first["type"], TrainingError)
+    kind = kind if isinstance(kind, type) and issubclass(kind, MolmoError) else TrainingError
+    if kind is not TrainingError or first["type"] == "TrainingError":
         return kind(first["message"])  # raised on purpose: its message says all
-    return MolmoError(f"rank {first['rank']} failed: {first['type']}: {first['message']}\n{first['traceback']}")
+    return TrainingError(f"rank {first['rank']} failed: {first['type']}: {first['message']}\n{first['traceback']}")
 
 
 def write_error_report(folder: Path, rank: int, error: BaseException, traceback: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from molmo_model.config import TrainConfig, checkpoint_name, saved_steps
-from molmo_model.errors import DataError, MolmoError
+from molmo_model.errors import DataError, TrainingError
 from molmo_model.train.checkpoint import Position, save
 from molmo_model.train.distributed import Ranks, StopRequest, seed_step, sum_over_ranks
 from molmo_model.train.metrics_log import EventLog, MetricsLog, StepMetrics
@@ -90,7 +90,7 @@ class Trainer:
         """Trains from step `done` + 1 to the end, or until a stop is asked for; returns the last step done.
 
         Raises:
-            MolmoError: the loss or a gradient is no finite number; the last checkpoint stays.
+            TrainingError: the loss or a gradient is no finite number; the last checkpoint stays.
         """
         saved = set(saved_steps(self.train))
         for step in range(done + 1, self.train.steps + 1):
@@ -147,7 +147,7 @@ class Trainer:
         broken = {"loss": loss_sum, **{f"gradient norm of {name}": norm for name, norm in norms.items()}}
         broken = {name: value for name, value in broken.items() if not math.isfinite(value)}
         if broken:
-            raise MolmoError(
+            raise TrainingError(
                 f"run {self.run}: at step {step} {', '.join(f'{name} is {value}' for name, value in broken.items())}; "
                 "lower the learning rates, lengthen the warm-up, or look at the examples of this step. "
                 "The weights were not changed and the last checkpoint stays"

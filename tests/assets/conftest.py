@@ -16,7 +16,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOLMO_PARAMS", "params.yaml")
     monkeypatch.delenv("MOLMO_STATE_DIR", raising=False)
-    monkeypatch.setattr("molmo_assets.production.CHILD_STAGES", ())  # fakes exist in this process only
+    monkeypatch.setattr("molmo_assets.production.CHILD_STAGES", {})  # fakes exist in this process only
     content: dict[str, str] = {}
     for asset, stage in flow.STAGES.items():
         monkeypatch.setitem(flow.STAGES, asset, faked(stage, content))

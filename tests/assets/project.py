@@ -1,6 +1,6 @@
-"""A project whose stages are the real ones with builds that take no time: a line of text that says what it was made from.
+"""A project whose stages are the real ones with builds that take no time: they write down what they are made from.
 
-Keys, params, inputs, fingerprints of paths, manifests and digests are those of the real stages; only the content is not.
+Keys, params, inputs, manifests and digests are those of the real stages; only the content is not.
 """
 
 import dataclasses

@@ -43,7 +43,8 @@ def running(tmp_path: Path) -> list[int]:
     """Those of the processes that wrote their id and still run; by the kernel's word, not by our marker."""
     found = []
     for path in (tmp_path / "pids").iterdir():
-        state = subprocess.run(["ps", "-o", "stat=", "-p", path.name], capture_output=True, text=True).stdout.strip()
+        ps = subprocess.run(["ps", "-o", "stat=", "-p", path.name], capture_output=True, text=True, check=False)
+        state = ps.stdout.strip()
         found += [int(path.name)] if state and not state.startswith("Z") else []
     return found
 

@@ -54,6 +54,7 @@ def materialize(project: Project, asset: str, partition: str | None = None) -> N
     assert done.success
 
 
+@pytest.mark.slow
 def test_everything_the_command_line_made_is_fresh_and_a_second_call_reports_nothing(project: Project) -> None:
     project.produce()
     first = project.sync()
@@ -104,6 +105,7 @@ def test_a_damaged_artefact_is_not_reported(project: Project) -> None:
     assert "content.txt" in report.out_of_date["shards[charts]"]
 
 
+@pytest.mark.slow
 def test_new_content_of_a_checkpoint_makes_its_predictions_stale_and_no_others(project: Project) -> None:
     """The matrix of what must go stale, and what must not."""
     project.produce()
@@ -122,6 +124,7 @@ def test_new_content_of_a_checkpoint_makes_its_predictions_stale_and_no_others(p
     assert stale(project) == {}
 
 
+@pytest.mark.slow
 def test_same_content_again_makes_nothing_stale(project: Project) -> None:
     project.produce()
     project.sync()
