@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 def build(build: Build) -> dict[str, Any]:
     """Writes the mixture; returns rates, sizes, epochs and fill."""
+    from pyarrow import parquet
     from tqdm import tqdm
 
     from molmo_model.data.mixture import check_leaks, resolve
     from molmo_model.data.plan import Plan, plan_packs
+    from molmo_model.data.schemas import check_table
     from molmo_model.data.shards import ShardReader
     from molmo_model.preprocessing.preprocessor import Preprocessor
 
@@ -39,6 +41,8 @@ def build(build: Build) -> dict[str, Any]:
     with tqdm(total=packs, desc=f"packs {build.key['run']}", unit=" packs", delay=2, mininterval=1) as bar:
         mixture = plan_packs(Plan.of(mixture, readers, run.train), packs, lambda done: bar.update(done - bar.n))
     mixture.save(build.out, {name: reader.index["id"].to_pylist() for name, reader in readers.items()})
+    costs = build.out / "costs.parquet"
+    check_table(parquet.read_table(costs), "costs", str(costs))
     packing = mixture.info["packing"]
     period = sum(entry.share for entry in mixture.entries)
     return {

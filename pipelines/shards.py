@@ -25,6 +25,7 @@ SHOWN_PROBLEMS = 10
 def build(build: Build) -> dict[str, Any]:
     """Writes shards, index and problems; returns the counts."""
     from molmo_model.data.datasets import family_of
+    from molmo_model.data.schemas import check_table
     from molmo_model.data.shards import write_shards
 
     name = build.key["dataset"]
@@ -36,6 +37,7 @@ def build(build: Build) -> dict[str, Any]:
     lines = [json.dumps(asdict(bad), ensure_ascii=False, sort_keys=True) + "\n" for bad in problems]
     (build.out / "problems.jsonl").write_text("".join(lines), encoding="utf-8")
     _check_tolerance(name, index.num_rows, problems, config.tolerance, str(build.out / "problems.jsonl"))
+    check_table(index, "index", str(build.out / "index.parquet"))
     splits = Counter(index["split"].to_pylist())
     styles = Counter(style for row in index["styles"].to_pylist() for style in row)
     return {
