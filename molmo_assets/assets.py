@@ -18,19 +18,20 @@ from molmo_model.source_digest import source_digest
 
 ACCELERATOR = "accelerator"
 """Pool of the steps that want the whole machine; limit it where several runs may be in progress at once."""
-NEW_CELL = (
-    dg.AutomationCondition.on_missing()
-    & ~dg.AutomationCondition.any_deps_match(
-        dg.AutomationCondition.any_checks_match(dg.AutomationCondition.check_failed(), blocking_only=True)
-    )
-).with_label("missing, and no blocking check of what it reads has failed")
-"""For what is expensive: computed once when everything that it reads is there, not again with every new version."""
+BLOCKED = dg.AutomationCondition.any_deps_match(
+    dg.AutomationCondition.any_checks_match(dg.AutomationCondition.check_failed(), blocking_only=True)
+)
 NEW_INPUT = (
     dg.AutomationCondition.any_deps_updated().since_last_handled()
     & ~dg.AutomationCondition.any_deps_in_progress()
     & ~dg.AutomationCondition.in_progress()
-).with_label("something that it reads has changed")
+    & ~BLOCKED
+).with_label("something that it reads has changed, and no blocking check of it has failed")
 """For what is cheap and gathers: made again whenever an input is new, though others may still be missing."""
+NEW_CELL = (dg.AutomationCondition.missing() & ~dg.AutomationCondition.any_deps_missing() & NEW_INPUT).with_label(
+    "missing, and everything that it reads is there"
+)
+"""For what is expensive: computed once when everything that it reads is there, not again with every new version."""
 
 
 def code(asset: str) -> str:

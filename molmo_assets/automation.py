@@ -19,7 +19,11 @@ SYNC_SECONDS = 45.0
 """Shorter than Dagster's limit for one evaluation of a sensor, 60 s; what is left is done in the next one."""
 
 
-@dg.sensor(minimum_interval_seconds=30, default_status=dg.DefaultSensorStatus.RUNNING)
+@dg.sensor(
+    minimum_interval_seconds=30,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Reports what dvc repro or the command line made. Computes nothing.",
+)
 def dvc_outputs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     """Reports to Dagster what `dvc repro` or the command line made. Looks into artefacts only when a manifest, the
     params or the code has changed since it was last done."""
@@ -38,7 +42,12 @@ def dvc_outputs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     )
 
 
-@dg.schedule(job=evaluate, cron_schedule="0 2 * * *", execution_timezone="UTC")
+@dg.schedule(
+    job=evaluate,
+    cron_schedule="0 2 * * *",
+    execution_timezone="UTC",
+    description="Fills missing cells: asks and scores every saved checkpoint on every task that has no metrics yet.",
+)
 def nightly_evaluation(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
     """Asks and scores every cell that has no metrics and whose checkpoint is there. A cell that failed is tried again
     the next night: the key of a request holds the date."""
@@ -50,7 +59,12 @@ def nightly_evaluation(context: dg.ScheduleEvaluationContext) -> Iterator[dg.Run
             yield dg.RunRequest(run_key=f"{night} {cell}", partition_key=cell, tags={"molmo/trigger": "nightly"})
 
 
-@dg.schedule(job=gather_scores, cron_schedule="0 5 * * *", execution_timezone="UTC")
+@dg.schedule(
+    job=gather_scores,
+    cron_schedule="0 5 * * *",
+    execution_timezone="UTC",
+    description="The scorecard of every checkpoint that has just been scored on all tasks.",
+)
 def morning_scorecards(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest]:
     """Gathers the scores of every checkpoint all of whose cells are scored and that has no scorecard."""
     scored = context.instance.get_materialized_partitions(metrics.key)
@@ -64,7 +78,12 @@ def morning_scorecards(context: dg.ScheduleEvaluationContext) -> Iterator[dg.Run
             yield dg.RunRequest(run_key=f"{morning} {name}", partition_key=name, tags={"molmo/trigger": "nightly"})
 
 
-@dg.schedule(job=make_report, cron_schedule="0 6 * * *", execution_timezone="UTC")
+@dg.schedule(
+    job=make_report,
+    cron_schedule="0 6 * * *",
+    execution_timezone="UTC",
+    description="The report over eval.checkpoints; rewrites nothing when nothing changed.",
+)
 def morning_report(context: dg.ScheduleEvaluationContext) -> dg.RunRequest:
     """The report over what the night has filled; rewrites nothing when nothing changed."""
     return dg.RunRequest(run_key=context.scheduled_execution_time.date().isoformat())

@@ -95,7 +95,9 @@ def describe_validation(item: Artefact) -> Metadata:
 def describe_predictions(item: Artefact) -> Metadata:
     """Sample predictions beside their references, with the picture that was asked about."""
     rows = []
-    for prediction in _json_lines(item.path / "predictions.jsonl")[:SAMPLES]:
+    asked = _json_lines(item.path / "predictions.jsonl")
+    one_of_each = {str(prediction.get("example_id")): prediction for prediction in reversed(asked)}
+    for prediction in list(reversed(one_of_each.values()))[:SAMPLES]:
         image = prediction.get("image") or {}
         shards = Path("artifacts/shards") / str(image.get("dataset"))
         examples = list(_examples(shards, [image["row"]])) if "row" in image else []

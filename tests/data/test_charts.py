@@ -146,6 +146,54 @@ def test_bars_are_as_high_as_their_values(made):
             assert abs((height - 1) / (max(heights) - 1) - value / max(values)) < 0.03
 
 
+def test_numbers_in_a_row_stand_at_one_height(made):
+    """With `numbers=row` every label and value is read off its own row of pixels, and nothing else changes."""
+    font = ImageFont.load_default_imagefont()
+    for (_, plain), (_, example) in zip(made[:30], MAKE(config(30, 0, numbers="row"), 17), strict=True):
+        assert plain.conversations == example.conversations
+        ink = np.all(np.asarray(PILImage.open(io.BytesIO(example.images[0].data))) == 0, axis=-1)
+        metadata = caption_of(example).metadata
+        for top, words in ((96 - 11, metadata["values"]), (96 - 11 - 16, metadata["labels"])):
+            for text in words:
+                mask = font.getmask(text)
+                glyphs = np.array(mask).reshape(mask.size[::-1]) > 0
+                band = ink[top : top + glyphs.shape[0]]
+                windows = np.lib.stride_tricks.sliding_window_view(band, glyphs.shape)
+                assert (windows == glyphs).all(axis=(2, 3)).any(), (example.id, text)
+
+
+def test_scale_repeats_every_pixel(made):
+    for (_, plain), (_, example) in zip(made[:5], MAKE(config(5, 0, scale=3), 17), strict=True):
+        small, large = (np.asarray(PILImage.open(io.BytesIO(e.images[0].data))) for e in (plain, example))
+        assert np.array_equal(large, small.repeat(3, axis=0).repeat(3, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("values", "significant", "expected"),
+    [
+        (["12.8", "0.4", "9.5"], 2, ["13", "0", "10"]),
+        (["2.8", "0.4"], 2, ["2.8", "0.4"]),
+        (["7577", "749", "7449"], 2, ["7600", "700", "7400"]),
+        (["1.73", "3.15"], 2, ["1.7", "3.2"]),
+        (["-0.4", "14.5"], 2, ["0", "15"]),
+        (["12.8"], None, ["12.8"]),
+    ],
+)
+def test_rounding_keeps_one_place_for_the_whole_block(values, significant, expected):
+    assert [str(v) for v in charts._rounded([Decimal(value) for value in values], significant)] == expected
+
+
+def test_rounded_charts_ask_for_what_they_print():
+    seen = set()
+    for _, example in MAKE(config(200, 0, significant=2), 5):
+        metadata = caption_of(example).metadata
+        assert all(len(value.lstrip("-0.").replace(".", "").rstrip("0")) <= 2 for value in metadata["values"])
+        for question in (c for c in example.conversations if c.metadata.get("question_type") == "value"):
+            assert question.metadata["answer"] in metadata["values"]
+        seen |= set(metadata["values"])
+    assert len(seen) > 50
+
+
 def test_deterministic_and_independent_of_the_number():
     few, many = list(MAKE(config(3, 2), 5)), list(MAKE(config(8, 4), 5))
     assert [e.content_hash() for _, e in few] == [e.content_hash() for _, e in (*many[:3], *many[8:10])]
@@ -158,6 +206,8 @@ def test_options():
     assert max(len(e.metadata["rows"]) for e in wide) > 6
     with pytest.raises(ConfigError, match=r"width is 64; it must lie in \[128"):
         next(MAKE(config(width=64), 1))
+    with pytest.raises(ConfigError, match="numbers is 'below'; known: above, row"):
+        next(MAKE(config(numbers="below"), 1))
     with pytest.raises(ConfigError, match="'colour'; known"):
         next(MAKE(config(colour="red"), 1))
 

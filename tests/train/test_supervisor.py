@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from molmo_model.errors import CheckpointError, DataError, MolmoError
+from molmo_model.errors import CheckpointError, DataError, TrainingError
 from molmo_model.train.supervisor import exclusive, failure, follow, supervise, write_error_report
 
 AGENT = """
@@ -154,7 +154,7 @@ def test_the_first_failure_is_reported_with_its_own_type(tmp_path: Path) -> None
 def test_an_unexpected_failure_brings_its_traceback(tmp_path: Path) -> None:
     write_error_report(tmp_path, 3, ZeroDivisionError("division by zero"), "Traceback:\n  line 7")
     error = failure(tmp_path, tmp_path / "none", 1)
-    assert type(error) is MolmoError
+    assert type(error) is TrainingError
     assert "rank 3 failed: ZeroDivisionError: division by zero" in str(error) and "line 7" in str(error)
     assert not isinstance(error, CheckpointError)
 

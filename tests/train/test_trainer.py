@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from molmo_model.errors import DataError, MolmoError
+from molmo_model.errors import DataError, TrainingError
 from molmo_model.nn.build import component_of
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
 from molmo_model.source_digest import ROOT
@@ -89,7 +89,7 @@ def test_a_broken_number_stops_the_run_and_keeps_the_checkpoint(make_trainer: An
                 trainer.model.lm_head.weight.fill_(float("nan"))
 
     trainer._save_regular = save_then_break
-    with pytest.raises(MolmoError, match=r"at step 3 loss is nan"):
+    with pytest.raises(TrainingError, match=r"at step 3 loss is nan"):
         trainer.fit(0)
     assert sorted(path.name for path in Path("a/out").iterdir()) == ["step-000001", "step-000002"]
     assert [line["step"] for line in read_metrics(Path("a/work/metrics.jsonl"))] == [1, 2]

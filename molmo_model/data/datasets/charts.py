@@ -41,7 +41,7 @@ GLYPH_WIDTH, GLYPH_HEIGHT = 6, 11
 """Pixels of one letter of the bitmap font."""
 PAPER, INK = (255, 255, 255), (0, 0, 0)
 ROW_PITCH = 16
-"""Pixels from one row of words to the next where numbers stand in a row: a row lies within one row of 16-pixel patches."""
+"""Pixels between rows of words where numbers stand in a row: each row lies within one row of 16-pixel patches."""
 NUMBERS = ("above", "row")
 COLOURS = ((66, 114, 182), (214, 112, 52), (78, 148, 82), (182, 62, 68), (124, 96, 168), (110, 110, 110))
 
@@ -60,6 +60,9 @@ class Options:
     numbers: str = "above"
     """Where the values are printed: `above` each bar or point, or in a `row` of their own under the labels, as in the
     data table of a spreadsheet's chart. Words that always stand at one height are learned much sooner."""
+    significant: int | None = None
+    """Numbers of a chart are rounded to the decimal place that leaves the largest of its block this many digits that
+    are not padding; None prints them as the table's `Measure` says. What is printed is what is asked."""
     scale: int = 1
     """Every pixel of the drawing becomes this many in width and height, letters included; width and height count
     pixels before."""
@@ -69,6 +72,8 @@ class Options:
         check_range("height", self.height, 72, 2048)
         check_range("max_values", self.max_values, MIN_VALUES, 24)
         check_range("scale", self.scale, 1, 8)
+        if self.significant is not None:
+            check_range("significant", self.significant, 1, 9)
         if self.numbers not in NUMBERS:
             raise ConfigError(f"dataset option numbers is {self.numbers!r}; known: {', '.join(NUMBERS)}")
 
@@ -333,7 +338,8 @@ def _choose(options: Options, split: str, rng: np.random.Generator) -> Chart:
     measures = [m for m in block.table.measures if sum(m.column in row.values for row in block.rows) >= MIN_VALUES]
     measure = measures[rng.integers(len(measures))]
     rows = [row for row in block.rows if measure.column in row.values]
-    letters = max(max(len(row.label), len(str(row.values[measure.column]))) for row in rows)
+    values = _rounded([row.values[measure.column] for row in rows], options.significant)
+    letters = max(max(len(row.label), len(str(value))) for row, value in zip(rows, values, strict=True))
     room = min(options.max_values, len(rows), (options.width - 2) // (letters * GLYPH_WIDTH + 2))
     shown = np.sort(rng.permutation(len(rows))[: rng.integers(min(MIN_VALUES, room), room + 1)])
     picked = [rows[i] for i in shown]
@@ -341,9 +347,22 @@ def _choose(options: Options, split: str, rng: np.random.Generator) -> Chart:
         kind=block.table.kinds[rng.integers(len(block.table.kinds))],
         title=f"{measure.title}, {block.name}",
         labels=tuple(row.label for row in picked),
-        values=tuple(row.values[measure.column] for row in picked),
+        values=tuple(values[i] for i in shown),
         rows=tuple(row.id for row in picked),
     )
+
+
+def _rounded(values: list[Decimal], significant: int | None) -> list[Decimal]:
+    """All values rounded half up to one decimal place, so that the largest keeps `significant` digits."""
+    if significant is None:
+        return values
+    place = max(value.adjusted() for value in values) - significant + 1
+    unit = Decimal(1).scaleb(place)
+    exponent = values[0].as_tuple().exponent
+    if isinstance(exponent, int) and place <= exponent:
+        return values
+    rounded = [value.quantize(unit, ROUND_HALF_UP) + Decimal(0) for value in values]
+    return [Decimal(f"{value:f}") for value in rounded]  # 7600, not 7.6E+3
 
 
 def _draw(options: Options, chart: Chart, colour: tuple[int, int, int]) -> PILImage.Image:
