@@ -14,6 +14,7 @@ from molmo_assets.assets import checkpoint, metrics, predictions, report, scorec
 from molmo_assets.jobs import evaluate, gather_scores, make_report
 from molmo_assets.partitions import CELLS, params_file
 from molmo_model.config import load_params
+from molmo_model.source_digest import forget_sources
 
 SYNC_SECONDS = 45.0
 """Shorter than Dagster's limit for one evaluation of a sensor, 60 s; what is left is done in the next one."""
@@ -31,7 +32,7 @@ def dvc_outputs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     signature = hashlib.sha256(sync.signature(params).encode()).hexdigest()
     if signature == context.cursor:
         return dg.SkipReason("no manifest, parameter or source file has changed")
-    sync.forget_sources()
+    forget_sources()
     found = sync.sync(context.instance, params, seconds=SYNC_SECONDS)
     if found.finished:
         context.update_cursor(signature)

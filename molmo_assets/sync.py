@@ -24,7 +24,6 @@ from molmo_assets.partitions import params_file
 from molmo_model.artifacts import MANIFEST, Manifest
 from molmo_model.config import Params, load_params
 from molmo_model.errors import ArtifactError
-from molmo_model.source_digest import source_closure, source_digest
 from pipelines.stage import exit_on_error
 
 REPORTED_BY = "molmo/reported_by"
@@ -87,12 +86,6 @@ def event(item: Artefact, manifest: Manifest, tags: dict[str, str]) -> dg.AssetM
         dg.MultiPartitionKey(item.key) if len(item.key) > 1 and "|" in (item.partition or "") else item.partition
     )
     return dg.AssetMaterialization(item.asset, partition=partition, metadata=describe(item, manifest), tags=tags)
-
-
-def forget_sources() -> None:
-    """Long-lived processes (Dagster's code server) must see an edited source file."""
-    source_closure.cache_clear()
-    source_digest.cache_clear()
 
 
 def signature(params: Params) -> str:

@@ -36,8 +36,20 @@ def source_digest(module: str) -> str:
     digest = hashlib.sha256()
     for path in source_closure(module):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-        digest.update(canonical_source(path.read_text(encoding="utf-8")).encode() + b"\0")
+        digest.update(_canonical_file(path) + b"\0")
     return digest.hexdigest()
+
+
+def forget_sources() -> None:
+    """Reads every file again from now on: for processes that outlive an edit, such as Dagster's code server."""
+    for cached in (source_closure, source_digest, _imports, _canonical_file):
+        cached.cache_clear()
+
+
+@cache
+def _canonical_file(path: Path) -> bytes:
+    """Stages share most of their files, and parsing is what costs."""
+    return canonical_source(path.read_text(encoding="utf-8")).encode()
 
 
 def _module_path(name: str) -> Path | None:
@@ -50,7 +62,8 @@ def _module_path(name: str) -> Path | None:
     return None
 
 
-def _imports(path: Path, module: str) -> list[str]:
+@cache
+def _imports(path: Path, module: str) -> tuple[str, ...]:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
@@ -60,7 +73,7 @@ def _imports(path: Path, module: str) -> list[str]:
             parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return names
+    return tuple(names)
 
 
 def canonical_source(text: str) -> str:

@@ -37,7 +37,7 @@ def small_params() -> dict[str, Any]:
     model = raw["models"]["base"]
     model["tokenizer"] = str(ROOT / model["tokenizer"])
     raw["runs"] = {"pretrain": raw["runs"]["pretrain"]}
-    raw["runs"]["pretrain"]["train"].update(steps=100_000, save_every=10, packs_per_step=2, packs_per_microbatch=1)
+    raw["runs"]["pretrain"]["train"].update(steps=2000, save_every=10, packs_per_step=2, packs_per_microbatch=1)
     raw["eval"]["checkpoints"] = ["pretrain/step-000010"]
     raw["tasks"] = {"scene_qa": raw["tasks"]["scene_qa"]}
     return dict(raw)
@@ -75,7 +75,13 @@ def serving(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[Call
     arguments = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with (Path(env["DAGSTER_HOME"]) / "server.log").open("w") as log:
         server = subprocess.Popen(
-            arguments, cwd=cwd, env=env, stdout=log, stderr=log, start_new_session=True, preexec_fn=_default_signals
+            arguments,
+            cwd=cwd,
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_default_signals,  # noqa: PLW1509 - needs no lock
         )
 
     def ask(query: str, **variables: Any) -> Any:
@@ -120,8 +126,12 @@ def ask(workspace: Path) -> Iterator[Callable[..., Any]]:
         yield ask
 
 
+SENSORS = """query($selector: RepositorySelector!) { sensorsOrError(repositorySelector: $selector) {
+  ... on Sensors { results { name sensorState { status } } } } }"""
 LAUNCH = """mutation($params: ExecutionParams!) { launchRun(executionParams: $params) {
   __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
+FAILURES = """query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
+  ... on ExecutionStepFailureEvent { error { message cause { message } } } } } } }"""
 RUN = """query($id: ID!) { runOrError(runId: $id) { ... on Run { status
   assetMaterializations { assetKey { path } partition tags { key value } } } } }"""
 
@@ -152,9 +162,8 @@ def trainers(workspace: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             arguments = (entry / "cmdline").read_bytes()
-            if (entry / "cwd").resolve() == workspace.resolve() and (
-                b"pipelines.train" in arguments or b"torch" in arguments
-            ):
+            here = (entry / "cwd").resolve() == workspace.resolve()
+            if here and any(name in arguments for name in (b"pipelines.train", b"torch.distributed", b"train.worker")):
                 found.append(int(entry.name))
     return found
 
@@ -164,9 +173,7 @@ def test_the_ui_shows_all_assets_and_sends_no_telemetry(ask: Callable[..., Any])
     assert len(nodes) == 10
     settings = yaml.safe_load(ask("{instance{info}}")["instance"]["info"])
     assert settings["telemetry"] == {"enabled": False}
-    sensors = ask(
-        '{sensorsOrError(repositorySelector:{repositoryLocationName:"molmo",repositoryName:"__repository__"}){... on Sensors{results{name sensorState{status}}}}}'
-    )
+    sensors = ask(SENSORS, selector={"repositoryLocationName": "molmo", "repositoryName": "__repository__"})
     running = {sensor["name"]: sensor["sensorState"]["status"] for sensor in sensors["sensorsOrError"]["results"]}
     assert running == {"dvc_outputs": "RUNNING", "follow_changes": "STOPPED"}
 
@@ -195,7 +202,7 @@ def test_cancelling_a_training_ends_every_process_and_keeps_its_checkpoint(
 
     def registered() -> bool:
         made = run_of(ask, run_id)
-        assert made["status"] != "FAILURE"
+        assert made["status"] not in ("FAILURE", "SUCCESS"), ask(FAILURES, id=run_id)
         return any(node["assetKey"]["path"] == ["checkpoint"] for node in made["assetMaterializations"])
 
     assert _until(registered, 300)

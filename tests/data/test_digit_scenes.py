@@ -168,3 +168,19 @@ def test_fingerprint_is_that_of_the_data_alone():
     one = FAMILIES["digit_scenes"].fingerprint(config(), 1)
     assert one == FAMILIES["digit_scenes"].fingerprint(config(7, 7), 2)
     assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in one.values())
+
+
+def test_more_digits_can_be_asked_about():
+    """`asked` adds conversations about other digits that are there, and nothing else changes."""
+    for (_, one), (_, three) in zip(MAKE(config(30, 0), 5), MAKE(config(30, 0, asked=3), 5), strict=True):
+        digits = load_digits().target[one.metadata["scans"]].tolist()
+        asked = [int(c.messages[0].text.split()[6]) for c in by_style(three, "scene_count")[1:]]
+        assert len(set(asked)) == len(asked) == 1 + min(2, len(set(digits) - {asked[0]}))
+        assert set(asked[1:]) <= set(digits)
+        pointed = [c for c in by_style(three, "scene_point") if c.messages[-1].label.startswith("digit")]
+        for conversation in pointed:
+            value = int(conversation.messages[-1].label.split()[1])
+            assert len(conversation.metadata["points"]) == digits.count(value) > 0
+        assert len({c.messages[-1].label for c in pointed}) == len(pointed)
+        assert by_style(one, "scene_caption") == by_style(three, "scene_caption")
+        assert by_style(one, "scene_count") == by_style(three, "scene_count")[:2]

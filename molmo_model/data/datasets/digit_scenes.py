@@ -54,6 +54,8 @@ class Options:
     """Grey levels up to which every pixel is brightened; noise does not compress, so it makes the shards larger."""
     questions: int = 5
     """`scene_qa` conversations of one scene, at most one of them about an empty cell."""
+    asked: int = 1
+    """Different digits of one scene that are counted, and that are pointed at, each in a conversation of its own."""
 
     def __post_init__(self) -> None:
         check_range("canvas", self.canvas, 16, 4096)
@@ -64,6 +66,7 @@ class Options:
         check_range("jitter", self.jitter, 0, self.canvas)
         check_range("noise", self.noise, 0, 64)
         check_range("questions", self.questions, 1, self.rows * self.cols)
+        check_range("asked", self.asked, 1, 10)
         cell = self.canvas // max(self.rows, self.cols)
         if self.max_size > cell:
             raise ConfigError(f"dataset option max_size is {self.max_size}, but a cell is {cell} pixels wide or high")
@@ -136,7 +139,7 @@ def _scene(options: Options, seed: int, split: str, number: int) -> Example:
     conversations = (
         _caption(options, digits),
         *_questions(options, digits, rng),
-        *_counts(digits, rng),
+        *_counts(options, digits, rng),
         *_pointing(options, digits, rng),
     )
     metadata = {"scans": [digit.scan for digit in digits]}
@@ -196,23 +199,31 @@ def _questions(options: Options, digits: list[Digit], rng: np.random.Generator) 
         yield _ask("scene_qa", question, Message("assistant", answer), metadata)
 
 
-def _counts(digits: list[Digit], rng: np.random.Generator) -> Iterator[Conversation]:
+def _counts(options: Options, digits: list[Digit], rng: np.random.Generator) -> Iterator[Conversation]:
     """All digits, and the copies of one: mostly of one that is there, drawn digit by digit so that repeated ones are
     asked about more often."""
     values = [digit.value for digit in digits]
     counted = values[rng.integers(len(values))] if rng.random() < 0.85 else int(rng.integers(10))
-    for question, count in (
-        ("How many digits are there?", len(values)),
-        (f"How many times does the digit {counted} appear?", values.count(counted)),
-    ):
+    counts = [("How many digits are there?", len(values))]
+    for digit in (counted, *_others(options, values, counted, rng)):
+        counts.append((f"How many times does the digit {digit} appear?", values.count(digit)))
+    for question, count in counts:
         metadata = {"answer": count, "answer_type": "int"}
         yield _ask("scene_count", question, Message("assistant", str(count)), metadata)
 
 
+def _others(options: Options, values: list[int], asked: int, rng: np.random.Generator) -> list[int]:
+    """Up to `asked` - 1 further digits of a scene, other than the one that is asked about already."""
+    if options.asked == 1:
+        return []
+    others = sorted(set(values) - {asked})
+    return [others[place] for place in rng.permutation(len(others))[: options.asked - 1].tolist()]
+
+
 def _pointing(options: Options, digits: list[Digit], rng: np.random.Generator) -> Iterator[Conversation]:
     one, place = (digits[i] for i in rng.integers(len(digits), size=2))
-    same = [digit for digit in digits if digit.value == one.value]
-    yield _point(options, f"digit {one.value}", same)
+    for value in (one.value, *_others(options, [digit.value for digit in digits], one.value, rng)):
+        yield _point(options, f"digit {value}", [digit for digit in digits if digit.value == value])
     yield _point(options, f"row {place.row + 1}, column {place.col + 1}", [place])
 
 
