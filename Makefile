@@ -32,6 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup dagster-home ## train, evaluate and report on real digits and charts, a few minutes on two cores
+	dvc repro train
+	python -m pipelines.predict # every cell in one process: starting torch again for each costs more than its answers
 	dvc repro
 	python -m molmo_assets.sync
 	@echo
