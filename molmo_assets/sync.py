@@ -18,12 +18,13 @@ from pathlib import Path
 import dagster as dg
 
 from molmo_assets import provenance
-from molmo_assets.flow import Artefact, all_artefacts
+from molmo_assets.flow import STAGES, Artefact, all_artefacts
 from molmo_assets.metadata import describe
 from molmo_assets.partitions import params_file
-from molmo_model.artifacts import MANIFEST, Manifest
-from molmo_model.config import Params, load_params
+from molmo_model.artifacts import MANIFEST, Manifest, canonical_json
+from molmo_model.config import Params, load_params, to_dict
 from molmo_model.errors import ArtifactError
+from molmo_model.source_digest import source_closure
 from pipelines.stage import exit_on_error
 
 REPORTED_BY = "molmo/reported_by"
@@ -90,7 +91,8 @@ def event(item: Artefact, manifest: Manifest, tags: dict[str, str]) -> dg.AssetM
 
 def signature(params: Params) -> str:
     """Changes whenever a manifest, the params or the code has; cheap, reads no file of an artefact."""
-    parts = []
+    parts = [canonical_json(to_dict(params))]
+    parts += [f"{path} {path.stat().st_mtime_ns}" for stage in STAGES.values() for path in source_closure(stage.module)]
     for item in all_artefacts(params):
         try:
             status = (item.path / MANIFEST).stat()

@@ -8,7 +8,7 @@ the model is built from these dataclasses in `molmo_model.nn`.
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
@@ -446,6 +446,8 @@ def _require_key(config: Any, key: str) -> None:
     """Refuses an override of a key that the params do not have: a typing error must not become a new entry."""
     node: Any = config
     for depth, part in enumerate(key.split(".")):
+        if OmegaConf.is_dict(node) and key.split(".")[:depth][-1:] == ["options"]:
+            return  # a free mapping: the family that reads it knows its names
         if not OmegaConf.is_dict(node) or part not in node:
             where = ".".join(key.split(".")[:depth]) or "params"
             names = node.keys() if OmegaConf.is_dict(node) else []
@@ -480,11 +482,7 @@ def _check(params: Params, source: str) -> None:
         raise ConfigError(f"{source}: {key}: {message}")
 
     _check_names(params, source)
-    for name, dataset in params.datasets.items():
-        if not 0 <= dataset.tolerance < 1:
-            refuse(f"datasets.{name}.tolerance", f"is {dataset.tolerance}; it must lie in [0, 1)")
-        if not 0 <= dataset.eval_fraction < 1:
-            refuse(f"datasets.{name}.eval_fraction", f"is {dataset.eval_fraction}; it must lie in [0, 1)")
+    _check_bounds(params, source)
     for name, run in params.runs.items():
         key = f"runs.{name}"
         lookup(params.models, run.model, f"model of {key}.model")
@@ -493,32 +491,76 @@ def _check(params: Params, source: str) -> None:
             refuse(f"{key}.mixture", "is empty; name at least one dataset")
         for entry_name, entry in run.mixture.items():
             lookup(params.datasets, entry.dataset, f"dataset of {key}.mixture.{entry_name}.dataset")
-            if not entry.rate > 0:
-                refuse(
-                    f"{key}.mixture.{entry_name}.rate", f"is {entry.rate}; it must be above 0, or leave the entry out"
-                )
-        train = run.train
-        for field_name in (
-            "steps",
-            "packs_per_step",
-            "packs_per_microbatch",
-            "sequence_length",
-            "save_every",
-            "processes",
-        ):
-            if getattr(train, field_name) < 1:
-                refuse(f"{key}.train.{field_name}", f"is {getattr(train, field_name)}; it must be at least 1")
         model_of(params, name)
     for name, task in params.tasks.items():
         lookup(params.datasets, task.dataset, f"dataset of tasks.{name}.dataset")
+        lookup(dict.fromkeys(("train", "eval")), task.split, f"split of tasks.{name}.split")
     for checkpoint in params.eval.checkpoints:
         run_name, separator, step = checkpoint.partition("/")
         if not separator or not step.startswith("step-") or not (len(step) == 11 and step[5:].isdigit()):
             refuse("eval.checkpoints", f"{checkpoint!r} is not of the form <run>/step-<six digits>")
         lookup({**params.models, **params.runs}, run_name, "run of eval.checkpoints")
-        if run_name in params.runs and int(step[5:]) not in saved_steps(params.runs[run_name].train):
-            steps = saved_steps(params.runs[run_name].train)
-            refuse("eval.checkpoints", f"{checkpoint!r} is never saved; run {run_name} saves steps {steps}")
+        steps = saved_steps(params.runs[run_name].train) if run_name in params.runs else [0]
+        if int(step[5:]) not in steps:
+            refuse("eval.checkpoints", f"{checkpoint!r} is never saved; {run_name} has steps {steps}")
+    if len(set(params.eval.checkpoints)) < len(params.eval.checkpoints):
+        refuse("eval.checkpoints", f"{params.eval.checkpoints} names one twice")
+
+
+AT_LEAST_0, AT_LEAST_1, ABOVE_0 = (0.0, 1e18), (1.0, 1e18), (1e-12, 1e18)
+_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
+BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
+    DatasetConfig: {
+        "train_examples": AT_LEAST_0,
+        "eval_examples": AT_LEAST_0,
+        "eval_fraction": (0, 0.999999),
+        "tolerance": (0, 0.999999),
+        "max_image_pixels": AT_LEAST_1,
+        "shard_bytes": (1024, 1e18),
+    },
+    VisionConfig: dict.fromkeys((*_SIZES, "image_size", "patch_size"), AT_LEAST_1),
+    ConnectorConfig: {"pooling_size": AT_LEAST_1, "num_heads": AT_LEAST_1, "projector_hidden_size": AT_LEAST_1},
+    LanguageConfig: dict.fromkeys(
+        (*_SIZES, "num_key_value_heads", "max_position_embeddings", "extra_vocab_size"), AT_LEAST_1
+    ),
+    PreprocessingConfig: {"max_crops": AT_LEAST_1, "overlap_margins": AT_LEAST_0, "max_images": AT_LEAST_1},
+    MixtureEntry: {"rate": (1e-12, 1e12), "max_conversations": AT_LEAST_1, "size": ABOVE_0},
+    ComponentOptim: {
+        "learning_rate": AT_LEAST_0,
+        "weight_decay": AT_LEAST_0,
+        "warmup_steps": AT_LEAST_0,
+        "max_grad_norm": ABOVE_0,
+    },
+    OptimConfig: {"betas": (0, 0.9999999), "eps": (1e-30, 1), "final_ratio": (0, 1)},
+    TrainConfig: {
+        **dict.fromkeys(("steps", "packs_per_step", "packs_per_microbatch", "sequence_length"), AT_LEAST_1),
+        **dict.fromkeys(("crops_per_pack", "packing_window", "save_every", "keep_checkpoints"), AT_LEAST_1),
+        **dict.fromkeys(("processes", "threads"), AT_LEAST_1),
+        "z_loss": AT_LEAST_0,
+    },
+    TaskConfig: {"max_new_tokens": AT_LEAST_1, "max_examples": AT_LEAST_1},
+    EvalConfig: {"report_examples": AT_LEAST_0, "confidence": (0.5, 0.999999)},
+    RuntimeConfig: {"eval_batch_size": AT_LEAST_1, "loader_workers": AT_LEAST_0, "log_every": AT_LEAST_1},
+    Params: {"seed": (0, 2**63 - 1)},
+}
+"""Smallest and largest value of every number, both allowed; of each element where the value is a list."""
+
+
+def _check_bounds(config: Any, source: str, key: str = "") -> None:
+    """Refuses numbers outside their bounds, infinities and NaN among them, wherever they stand below `config`."""
+    if isinstance(config, dict):
+        for name, item in config.items():
+            _check_bounds(item, source, f"{key}.{name}".lstrip("."))
+    if not is_dataclass(config):
+        return
+    for name, (low, high) in BOUNDS.get(type(config), {}).items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not low <= number <= high:
+                where = f"{key}.{name}".lstrip(".")
+                raise ConfigError(f"{source}: {where} is {value}; it must lie between {low:g} and {high:g}")
+    for item in fields(config):
+        _check_bounds(getattr(config, item.name), source, f"{key}.{item.name}".lstrip("."))
 
 
 def _check_names(params: Params, source: str) -> None:

@@ -3,7 +3,7 @@
 usage: python -m pipelines.generate checkpoint=FOLDER prompt=TEXT [image=FILE ...] [out=answer.png]
                                     [max_new_tokens=256] [style=qa] [precision=fp32]
 
-checkpoint      a checkpoint's folder, such as artifacts/checkpoints/sft/step-000300
+checkpoint      a checkpoint's name or folder, such as sft/step-000500 or artifacts/checkpoints/sft/step-000500
 image           a picture; several `image=` are asked about together, up to the model's max_images
 prompt          the question
 out             where the first picture goes, the points of the answer drawn; answer.png, written only if there are any
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str]) -> Request:
     if not tokens.isdecimal() or int(tokens) < 1:
         raise ConfigError(f"max_new_tokens={tokens} must be a whole number of at least 1")
     return Request(
-        checkpoint=Path(values["checkpoint"]),
+        checkpoint=_folder(values["checkpoint"]),
         prompt=values["prompt"],
         images=images,
         out=Path(values["out"]) if "out" in values else None,
@@ -80,6 +80,12 @@ def parse(argv: Sequence[str]) -> Request:
         style=values.get("style", "qa"),
         precision=values.get("precision", "fp32"),
     )
+
+
+def _folder(name: str) -> Path:
+    """A checkpoint's folder, or the one that its name stands for: `<run>/step-<six digits>`, as in the report."""
+    named = Path("artifacts/checkpoints") / name
+    return named if not Path(name).exists() and named.exists() else Path(name)
 
 
 def answer(request: Request) -> str:

@@ -37,13 +37,16 @@ def journal_folder(checkpoint: "Manifest") -> Path:
 def build(stage: Build) -> dict[str, Any]:
     """Fills the artefact with `predictions.jsonl` and the training references."""
     from molmo_model.artifacts import read_manifest, verify_file
+    from molmo_model.config import lookup
     from molmo_model.data.schemas import check_table
     from molmo_model.data.shards import ShardReader
     from molmo_model.eval import predictions, tasks
     from molmo_model.eval.journal import Journal, identity_of
+    from molmo_model.eval.metrics import METRICS
     from molmo_model.source_digest import source_digest
 
     name, folder = stage.key["task"], stage.inputs["checkpoint"]
+    lookup(METRICS, stage.params.tasks[name].metric, f"metric of tasks.{name}.metric")  # before hours of answers
     task, precision = stage.params.tasks[name], stage.params.eval.precision
     checkpoint = read_manifest(folder, "molmo/checkpoint")
     reader = ShardReader(stage.inputs["shards"])

@@ -190,7 +190,10 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
     from molmo_model.config import load_params
 
     with exit_on_error(stage.name):
-        options = dict(option(arg) for arg in argv if option(arg)[0] in (*stage.keys, "params"))
+        named = [option(arg) for arg in argv if option(arg)[0] in (*stage.keys, "params")]
+        options = dict(named)
+        if len(options) < len(named):
+            raise ConfigError(f"{' '.join(f'{name}={value}' for name, value in named)}: each may be given once")
         overrides = [arg for arg in argv if option(arg)[0] not in (*stage.keys, "params")]
         params = load_params(options.pop("params", "params.yaml"), overrides)
         for key, manifest in run_all(stage, params, options):

@@ -3,6 +3,8 @@
     python -m pipelines.state                        list
     python -m pipelines.state prune [days=7]         delete what the params of today do not ask for, unused for `days`
     python -m pipelines.state prune journals=true    also the answers of checkpoints that are gone
+    python -m pipelines.state adopt                  after `dvc pull`: artefacts become state again, because DVC deletes
+                                                     an out before it asks the stage, which would then start over
 
 A finished state shares its files with the artefact by hard links, so pruning it frees only what no artefact holds.
 """
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molmo_model.artifacts import MANIFEST, read_manifest
+from molmo_model.artifacts import MANIFEST, link_tree, read_manifest, verify
 from molmo_model.errors import ArtifactError, ConfigError
 from pipelines import assemble, mixture, predict, report, score, scorecard, shards, train, validate
 from pipelines.stage import Stage, exit_on_error, option, stamp, state_dir, state_root
@@ -68,11 +70,29 @@ def prune(params: Any, days: float, journals: bool) -> list[State]:
     return gone
 
 
+def adopt(params: Any) -> list[Path]:
+    """Links every valid artefact into the state that its own manifest names; returns the new state directories."""
+    adopted = []
+    for stage in STAGES:
+        for key in stage.partitions(params):
+            try:
+                manifest = verify(stage.target(key), stage.schema)
+            except ArtifactError:
+                continue
+            made_from = {"params": manifest.params, "inputs": manifest.inputs, "code": manifest.code}
+            out = state_dir(stage, key, made_from) / "out"
+            if manifest.version == stage.version and not (out / MANIFEST).exists():
+                link_tree(stage.target(key), out)
+                adopted.append(out.parent)
+    return adopted
+
+
 def main() -> None:
     """The command line; see the module."""
     arguments = sys.argv[1:]
     if "-h" in arguments or "--help" in arguments:
-        print(f"usage: python -m pipelines.state [prune] [days=7] [journals=false] [params=params.yaml]\n\n{__doc__}")
+        known = "[days=7] [journals=false] [params=params.yaml]"
+        print(f"usage: python -m pipelines.state [prune|adopt] {known}\n\n{__doc__}")
         return
     from molmo_model.config import load_params
 
@@ -86,12 +106,25 @@ def main() -> None:
         params = load_params(options["params"])
         if action == "list":
             _print(states(params))
+        elif action == "adopt":
+            adopted = adopt(params)
+            print(f"adopted {len(adopted)} artefacts: {', '.join(map(str, adopted)) or 'none was missing'}")
         elif action == "prune":
-            gone = prune(params, float(options["days"]), options["journals"] == "true")
+            gone = prune(params, *_prune_options(options))
             _print(gone)
             print(f"pruned {len(gone)} of them, {sum(state.bytes for state in gone) / 1e6:.1f} MB")
         else:
-            raise ConfigError(f"unknown action {action!r}; known: list, prune")
+            raise ConfigError(f"unknown action {action!r}; known: list, prune, adopt")
+
+
+def _prune_options(options: dict[str, str]) -> tuple[float, bool]:
+    try:
+        days = float(options["days"])
+    except ValueError as error:
+        raise ConfigError(f"days={options['days']} is no number of days") from error
+    if options["journals"] not in ("true", "false"):
+        raise ConfigError(f"journals={options['journals']} is neither true nor false")
+    return days, options["journals"] == "true"
 
 
 def _wanted(params: Any) -> Iterator[Path]:

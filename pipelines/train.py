@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from molmo_model.artifacts import read_manifest
 from molmo_model.config import Params, checkpoint_name, model_of, saved_steps, to_dict
-from molmo_model.errors import CheckpointError
+from molmo_model.errors import CheckpointError, ConfigError
 from pipelines.stage import Build, Key, Stage, main
 
 if TYPE_CHECKING:  # runs in the child, never here; stands here so that it is part of the stage's code digest
@@ -72,6 +72,16 @@ def build(build: Build) -> dict[str, Any]:
         return training.finish()
 
 
+def _require_same_seed(build: Build) -> None:
+    """A mixture of another seed would be trained on in an order that these params do not describe."""
+    made_with = read_manifest(build.inputs["mixture"]).params.get("seed")
+    if made_with != build.params.seed:
+        raise ConfigError(
+            f"{build.inputs['mixture']} was made with seed {made_with}, the params say {build.params.seed}; "
+            f"run `python -m pipelines.mixture run={build.key['run']}` with the same seed first"
+        )
+
+
 class _Training:
     """One `build` on its way from preflight to summary."""
 
@@ -108,6 +118,7 @@ class _Training:
             machine=machine,
         )
         print("\n".join(preflight.lines(self.run_name, self.config, need, machine)), flush=True)
+        _require_same_seed(build)
         preflight.check(self.config, need, machine)
         self.grace += need.checkpoint_bytes / SLOW_DISK
         for name in (ERRORS, MEETING):

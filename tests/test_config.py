@@ -1,6 +1,8 @@
 """`params.yaml`: what is refused, by which name, and that old files still mean what they meant."""
 
 import copy
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,13 +153,13 @@ def test_overrides_take_yaml_values_of_existing_keys() -> None:
         [
             "seed=5",
             "runs.sft.train.optim.vision.learning_rate=1e-5",
-            "eval.checkpoints=[sft/step-000300]",
+            "eval.checkpoints=[sft/step-000500]",
             "runs.sft.train.precision=bf16",
         ],
     )
     assert params.seed == 5
     assert params.runs["sft"].train.optim.vision.learning_rate == pytest.approx(1e-5)
-    assert params.eval.checkpoints == ["sft/step-000300"]
+    assert params.eval.checkpoints == ["sft/step-000500"]
     assert params.runs["sft"].train.precision is config.Precision.bf16
 
 
@@ -214,3 +216,39 @@ def test_order_of_keys_in_the_file_is_no_change() -> None:
 def test_config_needs_no_torch() -> None:
     code = "import sys, molmo_model.config; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("datasets.charts.train_examples=-5", "datasets.charts.train_examples"),
+        ("datasets.charts.shard_bytes=-1", "datasets.charts.shard_bytes"),
+        ("models.base.vision.patch_size=0", "models.base.vision.patch_size"),
+        ("models.base.preprocessing.overlap_margins=[-1, 1]", "models.base.preprocessing.overlap_margins"),
+        ("runs.sft.mixture.scenes.rate=.inf", "runs.sft.mixture.scenes.rate"),
+        ("runs.sft.train.crops_per_pack=0", "runs.sft.train.crops_per_pack"),
+        ("runs.sft.train.optim.betas=[1.5, 2]", "runs.sft.train.optim.betas"),
+        ("runs.sft.train.optim.vision.learning_rate=.nan", "runs.sft.train.optim.vision.learning_rate"),
+        ("tasks.scene_qa.max_new_tokens=0", "tasks.scene_qa.max_new_tokens"),
+        ("tasks.scene_qa.split=test", "tasks.scene_qa.split"),
+        ("eval.confidence=2", "eval.confidence"),
+        ("eval.checkpoints=[base/step-000100]", "eval.checkpoints"),
+        ("eval.checkpoints=[base/step-000000, base/step-000000]", "eval.checkpoints"),
+        ("runtime.eval_batch_size=0", "runtime.eval_batch_size"),
+        ("seed=-1", "seed"),
+    ],
+)
+def test_values_out_of_bounds_are_refused_by_name(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        load_params(ROOT / "params.yaml", [override])
+
+
+def test_every_bound_names_a_field() -> None:
+    for kind, bounds in config.BOUNDS.items():
+        assert set(bounds) <= {field.name for field in dataclasses.fields(kind)}, kind
+
+
+def test_options_of_a_family_can_be_overridden() -> None:
+    assert load_params(ROOT / "params.yaml", ["datasets.charts.options.max_values=4"]).datasets["charts"].options == {
+        "max_values": 4
+    }

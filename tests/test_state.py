@@ -1,6 +1,7 @@
 """The listing and pruning of state: what today's params ask for stays, whatever its age."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -58,10 +59,29 @@ def test_journals_go_only_on_request_and_only_without_their_checkpoint(params):
     assert [one.path for one in state.prune(params, days=7, journals=True)] == [journal]
 
 
-@pytest.mark.parametrize("arguments", [["purge"], ["prune", "day=3"]])
+@pytest.mark.parametrize("arguments", [["purge"], ["prune", "day=3"], ["prune", "days=x"], ["prune", "journals=yes"]])
 def test_unknown_words_are_refused(arguments, params, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["state", *arguments, f"params={ROOT / 'params.yaml'}"])
     with pytest.raises(SystemExit) as stop:
         state.main()
     assert stop.value.code == 2
     assert ConfigError.__name__ in capsys.readouterr().err
+
+
+def test_adopted_artefacts_are_not_made_again(params, monkeypatch):
+    """As after `dvc pull` in a new clone: artefacts, but no state; DVC deletes the out before it asks the stage."""
+    made = run(shards.STAGE, params, dataset="digit_scenes")
+    shutil.rmtree(".state")
+    assert len(state.adopt(params)) == 1
+    assert state.adopt(params) == []
+    shutil.rmtree("artifacts/shards")
+    monkeypatch.setattr("pipelines.stage.write_manifest", None)  # building would fail
+    assert run(shards.STAGE, params, dataset="digit_scenes") == made
+
+
+def test_a_damaged_artefact_is_not_adopted(params):
+    run(shards.STAGE, params, dataset="digit_scenes")
+    shutil.rmtree(".state")
+    index = Path("artifacts/shards/digit_scenes/index.parquet")
+    index.write_bytes(index.read_bytes()[:-1])
+    assert state.adopt(params) == []

@@ -176,6 +176,13 @@ def lines(run: str, train: TrainConfig, need: Need, machine: Machine) -> list[st
     ]
     if not machine.gpus and train.processes * train.threads > machine.cores:
         found.append(f"  note: {train.processes} ranks x {train.threads} threads share {machine.cores} cores")
+    for name in ("vision", "connector", "language"):
+        component = getattr(train.optim, name)
+        if not component.freeze and component.warmup_steps >= train.steps:
+            found.append(
+                f"  note: {name} warms up for {component.warmup_steps} steps, the run has {train.steps}: it never "
+                f"reaches its learning rate; set train.optim.{name}.warmup_steps"
+            )
     return found
 
 
