@@ -84,11 +84,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(module, "ROOT", tmp_path)
-    module.source_closure.cache_clear()
-    module.source_digest.cache_clear()
+    module.forget_sources()
     yield tmp_path
-    module.source_closure.cache_clear()
-    module.source_digest.cache_clear()
+    module.forget_sources()
 
 
 def closure(project: Path, name: str) -> list[str]:
@@ -108,7 +106,7 @@ def test_digest_changes_with_any_file_of_the_closure_only(project: Path) -> None
         path = project / "molmo_model" / name
         text = path.read_text()
         path.write_text(text + "new = 1\n")
-        module.source_digest.cache_clear()
+        module.forget_sources()
         assert (module.source_digest("pipelines.one") != before) == changes, name
         path.write_text(text)
 
@@ -117,8 +115,7 @@ def test_renaming_a_module_changes_the_digest(project: Path) -> None:
     before = module.source_digest("pipelines.one")
     (project / "molmo_model" / "b.py").rename(project / "molmo_model" / "c.py")
     (project / "molmo_model" / "a.py").write_text("from molmo_model import c\n")
-    module.source_digest.cache_clear()
-    module.source_closure.cache_clear()
+    module.forget_sources()
     assert module.source_digest("pipelines.one") != before
 
 
