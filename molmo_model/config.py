@@ -17,36 +17,13 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from molmo_model.errors import ConfigError
+from molmo_model.model_config import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ModelConfig
+from molmo_model.model_config import BOUNDS as MODEL_BOUNDS
 
 PARAMS_VERSION = 2
 """The version that this code reads; older files are migrated by `migrate()`, newer ones are refused."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 """Names of datasets, models, runs and tasks: they become folders, URLs, partition keys and stages of DVC."""
-
-
-class CropMode(StrEnum):
-    """How an image becomes crops (SEMANTICS of the Molmo image preprocessor)."""
-
-    resize = "resize"
-    """One crop: the whole image squashed or letterboxed to the encoder's input size."""
-    overlap_and_resize = "overlap_and_resize"
-    """High-resolution overlapping crops only."""
-    overlap_and_resize_c2 = "overlap_and_resize_c2"
-    """One global low-resolution crop first, then the overlapping high-resolution crops."""
-
-
-class Pooling(StrEnum):
-    """How the patches of one pooling window become one image token."""
-
-    attention_meanq = "attention_meanq"
-    """Multi-head attention whose one query is the mean of the window."""
-
-
-class Projector(StrEnum):
-    """How a pooled feature becomes a vector of the language model's width."""
-
-    mlp = "mlp"
-    """SwiGLU without biases: `w2(silu(w1 x) * w3 x)`."""
 
 
 class Precision(StrEnum):
@@ -62,13 +39,6 @@ class ActivationCheckpointing(StrEnum):
 
     none = "none"
     full = "full"
-
-
-class PointFormat(StrEnum):
-    """How points are written in text; see `preprocessing/points.py`."""
-
-    molmo_v1 = "molmo_v1"
-    """`<point x="10.5" y="20.0" alt="a">a</point>`, percent of the image with one decimal."""
 
 
 @dataclass
@@ -98,95 +68,6 @@ class DatasetConfig:
 
 
 @dataclass
-class VisionConfig:
-    """The vision encoder. Sizes left at None take the family's defaults or those of `pretrained`."""
-
-    encoder: str = MISSING
-    """A name of the table in `molmo_model.nn.vision_encoder`, such as `siglip` or `clip`."""
-    pretrained: str | None = None
-    """Hub id or folder of a transformers vision model; None builds it from the sizes below."""
-    image_size: int | None = None
-    """Pixels per side of one square crop, a multiple of `patch_size`."""
-    patch_size: int | None = None
-    """Pixels per side of one patch."""
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_layers: int | None = None
-    """Layers of the full encoder; negative `feature_layers` count from here, and unused last ones are not built."""
-    num_heads: int | None = None
-    feature_layers: list[int] = field(default_factory=list)
-    """Blocks whose outputs are concatenated on the channel, in this order; 0-based, negative from the end. Empty takes
-    the encoder's own, such as [-2, -9] for CLIP."""
-
-
-@dataclass
-class ConnectorConfig:
-    """From patch features to image tokens."""
-
-    pooling: Pooling = Pooling.attention_meanq
-    pooling_size: list[int] = field(default_factory=lambda: [2, 2])
-    """Height and width, in patches, of one pooling window on the stitched grid."""
-    num_heads: int = 4
-    """Attention heads of the pooling."""
-    pooling_attention_mask: bool = True
-    """True: holes of a window take no part in the mean and the attention. False: they count as zero vectors."""
-    window_position_embedding: bool = False
-    """Adds a learned vector per place in the window before pooling. Not in Molmo; speeds up training from scratch."""
-    projector: Projector = Projector.mlp
-    projector_hidden_size: int | None = None
-    """Hidden width of the projector; None is half of the language model's MLP width, as in Molmo."""
-
-
-@dataclass
-class LanguageConfig:
-    """The language model. Sizes left at None take those of `pretrained`."""
-
-    family: str = MISSING
-    """A name of the table in `molmo_model.nn.language_model`, such as `qwen2`."""
-    pretrained: str | None = None
-    """Hub id or folder of a transformers causal language model; None builds it from the sizes below."""
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_layers: int | None = None
-    num_heads: int | None = None
-    num_key_value_heads: int | None = None
-    max_position_embeddings: int = 4096
-    tie_word_embeddings: bool = False
-    extra_vocab_size: int = 16
-    """Rows of the extra embedding for image tokens; ids begin exactly at the language model's embedding size."""
-    bidirectional_images: bool = True
-    """Tokens of one image see each other in both directions."""
-
-
-@dataclass
-class PreprocessingConfig:
-    """From an example to tokens and crops; saved inside every checkpoint as `molmo_preprocessor.json`."""
-
-    crop_mode: CropMode = CropMode.overlap_and_resize_c2
-    max_crops: int = 12
-    """Most high-resolution crops of one image; the global crop comes on top."""
-    overlap_margins: list[int] = field(default_factory=lambda: [4, 4])
-    """Patches that a crop overlaps its neighbour by, on the left/top and on the right/bottom."""
-    max_images: int = 8
-    """Images of one example beyond this number are refused."""
-    point_format: PointFormat = PointFormat.molmo_v1
-    system_prompt: str = "none"
-    """`none`, or `style`: the prompt begins with the style's name, as in `point_count: ...`."""
-
-
-@dataclass
-class ModelConfig:
-    """One model that runs can start from; assembled once by `pipelines.assemble`."""
-
-    vision: VisionConfig = field(default_factory=VisionConfig)
-    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
-    tokenizer: str = MISSING
-    """Hub id or folder with `tokenizer.json`."""
-
-
-@dataclass
 class MixtureEntry:
     """One source of a mixture: some styles of one dataset."""
 
@@ -213,6 +94,8 @@ class ComponentOptim:
     max_grad_norm: float = 1.0
     """Gradients of this component are clipped to this L2 norm, apart from the others."""
     freeze: bool = False
+    unfreeze_step: int | None = None
+    """With `freeze`: training of the component begins with this step, with a warm-up of its own; None never."""
 
 
 @dataclass
@@ -226,6 +109,20 @@ class OptimConfig:
     eps: float = 1e-6
     final_ratio: float = 0.1
     """Learning rate at the last step, relative to its peak."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) through PEFT; what they sit on is frozen."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The update is scaled by `alpha / rank`."""
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Last part of the names of the linear layers of the language model that get adapters."""
+    train_connector: bool = True
+    """The connector (extra embedding included) is trained whole beside the adapters."""
 
 
 @dataclass
@@ -258,6 +155,8 @@ class TrainConfig:
     z_loss: float = 0.0
     """Factor of the squared log-partition term, 1e-4 in Molmo; 0 is off."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig | None = None
+    """Trains adapters instead of the language model; checkpoints hold the merged weights."""
 
 
 @dataclass
@@ -273,6 +172,25 @@ class RunConfig:
 
 
 @dataclass
+class DecodingConfig:
+    """How answers are generated; transformers' `GenerationConfig` has the formulas. The default is greedy."""
+
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    """Beam scores are divided by length to this power."""
+    do_sample: bool = False
+    seed: int = 0
+    """Of sampling; every question draws from a generator of its own."""
+    temperature: float = 1.0
+    top_k: int = 0
+    """Sample among the k best tokens; 0 is all."""
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+
+
+@dataclass
 class TaskConfig:
     """One evaluation task: which conversations are asked and how the answers are scored."""
 
@@ -285,6 +203,17 @@ class TaskConfig:
     max_new_tokens: int = 32
     max_examples: int | None = None
     """Ask the first N conversations (in id order of the index); None asks all."""
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    keep_image_tokens: float = 1.0
+    """Share of each image's tokens that enters the language model; see `molmo_model.nn.token_pruning`."""
+
+
+class Quantization(StrEnum):
+    """Weights of the language model in fewer bits, through transformers; needs a GPU."""
+
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
 
 
 @dataclass
@@ -294,6 +223,7 @@ class EvalConfig:
     checkpoints: list[str] = field(default_factory=list)
     """`<run>/step-<six digits>` each; the grid that `dvc repro` computes and the report compares."""
     precision: Precision = Precision.fp32
+    quantization: Quantization = Quantization.none
     report_examples: int = 24
     """Example cards per task in the report."""
     confidence: float = 0.95
@@ -507,8 +437,6 @@ def _check(params: Params, source: str) -> None:
         refuse("eval.checkpoints", f"{params.eval.checkpoints} names one twice")
 
 
-AT_LEAST_0, AT_LEAST_1, ABOVE_0 = (0.0, 1e18), (1.0, 1e18), (1e-12, 1e18)
-_SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads")
 BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
     DatasetConfig: {
         "train_examples": AT_LEAST_0,
@@ -518,18 +446,23 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         "max_image_pixels": AT_LEAST_1,
         "shard_bytes": (1024, 1e18),
     },
-    VisionConfig: dict.fromkeys((*_SIZES, "image_size", "patch_size"), AT_LEAST_1),
-    ConnectorConfig: {"pooling_size": AT_LEAST_1, "num_heads": AT_LEAST_1, "projector_hidden_size": AT_LEAST_1},
-    LanguageConfig: dict.fromkeys(
-        (*_SIZES, "num_key_value_heads", "max_position_embeddings", "extra_vocab_size"), AT_LEAST_1
-    ),
-    PreprocessingConfig: {"max_crops": AT_LEAST_1, "overlap_margins": AT_LEAST_0, "max_images": AT_LEAST_1},
+    **MODEL_BOUNDS,
     MixtureEntry: {"rate": (1e-12, 1e12), "max_conversations": AT_LEAST_1, "size": ABOVE_0},
     ComponentOptim: {
         "learning_rate": AT_LEAST_0,
         "weight_decay": AT_LEAST_0,
         "warmup_steps": AT_LEAST_0,
         "max_grad_norm": ABOVE_0,
+        "unfreeze_step": AT_LEAST_1,
+    },
+    LoraConfig: {"rank": AT_LEAST_1, "alpha": ABOVE_0, "dropout": SHARE},
+    DecodingConfig: {
+        **dict.fromkeys(("num_beams",), AT_LEAST_1),
+        **dict.fromkeys(("seed", "top_k", "no_repeat_ngram_size", "min_new_tokens"), AT_LEAST_0),
+        "length_penalty": (-100, 100),
+        "temperature": (1e-6, 1e6),
+        "top_p": (1e-9, 1),
+        "repetition_penalty": (1e-6, 1e6),
     },
     OptimConfig: {"betas": (0, 0.9999999), "eps": (1e-30, 1), "final_ratio": (0, 1)},
     TrainConfig: {
@@ -538,7 +471,7 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("processes", "threads"), AT_LEAST_1),
         "z_loss": AT_LEAST_0,
     },
-    TaskConfig: {"max_new_tokens": AT_LEAST_1, "max_examples": AT_LEAST_1},
+    TaskConfig: {"max_new_tokens": AT_LEAST_1, "max_examples": AT_LEAST_1, "keep_image_tokens": (1e-9, 1)},
     EvalConfig: {"report_examples": AT_LEAST_0, "confidence": (0.5, 0.999999)},
     RuntimeConfig: {"eval_batch_size": AT_LEAST_1, "loader_workers": AT_LEAST_0, "log_every": AT_LEAST_1},
     Params: {"seed": (0, 2**63 - 1)},

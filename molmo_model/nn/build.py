@@ -9,10 +9,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.utils import logging
 
 import molmo_model
-from molmo_model.config import LanguageConfig, ModelConfig, VisionConfig, lookup
+from molmo_model.config import lookup
 from molmo_model.errors import CheckpointError, ConfigError
+from molmo_model.model_config import LanguageConfig, ModelConfig, VisionConfig
 from molmo_model.nn.language_model import LANGUAGE_MODELS, text_config
-from molmo_model.nn.molmo import MolmoConfig, MolmoForConditionalGeneration
+from molmo_model.nn.molmo import MolmoForConditionalGeneration
+from molmo_model.nn.molmo_config import MolmoConfig
 from molmo_model.nn.vision_encoder import VISION_ENCODERS, VisionEncoder, drop_unused, resolve_layers
 
 REPOSITORY = Path(molmo_model.__file__).parent.parent

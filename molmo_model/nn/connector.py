@@ -9,6 +9,7 @@ Shape suffixes: C crops, N patches of a crop, T image tokens, W patches of a win
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 
 class MeanQueryPooling(nn.Module):
@@ -45,6 +46,12 @@ class MeanQueryPooling(nn.Module):
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(pooled.transpose(1, 2).flatten(1))
 
+    def first_weights(self) -> None:
+        """Keeps the scale of what goes in (variance 1 / fan-in), whatever the width."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            init.normal_(linear.weight, std=linear.in_features**-0.5)
+            init.zeros_(linear.bias)
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
@@ -57,6 +64,13 @@ class SwiGLUProjector(nn.Module):
         self.gate_proj = nn.Linear(in_features, hidden_features, bias=False)
         self.up_proj = nn.Linear(in_features, hidden_features, bias=False)
         self.down_proj = nn.Linear(hidden_features, out_features, bias=False)
+
+    def first_weights(self) -> None:
+        """Keeps the scale but for the last matrix: encoder features have no norm behind them, word embeddings are
+        small, and image tokens of many times the size of words delayed learning."""
+        for linear in (self.gate_proj, self.up_proj):
+            init.normal_(linear.weight, std=linear.in_features**-0.5)
+        init.normal_(self.down_proj.weight, std=0.1 * self.down_proj.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -72,6 +86,10 @@ class WindowPositionEmbedding(nn.Module):
     def __init__(self, window: int, features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(window, features))
+
+    def first_weights(self) -> None:
+        """As large as the features: smaller ones delayed learning from scratch."""
+        init.normal_(self.weight, std=1.0)
 
     def forward(self, window: Tensor) -> Tensor:
         return window + self.weight

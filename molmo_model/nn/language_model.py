@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from molmo_model.config import LanguageConfig
 from molmo_model.errors import ConfigError
+from molmo_model.model_config import LanguageConfig
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from molmo_model.nn.connector import Connector
 from molmo_model.nn.vision_encoder import ViTFeatures
 
 if TYPE_CHECKING:
-    from molmo_model.nn.molmo import MolmoConfig
+    from molmo_model.nn.molmo_config import MolmoConfig
 
 
 class PixelNormalize(nn.Module):
@@ -23,6 +24,11 @@ class PixelNormalize(nn.Module):
         self.values = (list(mean), list(std))
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def first_weights(self) -> None:
+        """Refills the buffers, which no checkpoint holds."""
+        for buffer, values in zip((self.mean, self.std), self.values, strict=True):
+            init.copy_(buffer, torch.tensor(values))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [C, H, W, 3] to float [C, 3, H, W] (a view of channels-last memory)."""

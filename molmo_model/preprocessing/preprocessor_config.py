@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from molmo_model.config import CropMode, PointFormat, PreprocessingConfig, lookup
+from molmo_model.config import lookup
 from molmo_model.errors import CheckpointError, ConfigError
+from molmo_model.model_config import CropMode, MessageFormat, PointFormat, PreprocessingConfig
 from molmo_model.preprocessing.image import RESIZE_METHODS
-from molmo_model.preprocessing.prompts import MessageFormat, SystemPrompt
+from molmo_model.preprocessing.prompts import SystemPrompt
 from molmo_model.preprocessing.tiling import IM_COL, IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, TilingSpec
 
 CONFIG_FILE = "molmo_preprocessor.json"
@@ -89,6 +90,7 @@ class PreprocessorConfig:
             max_images=preprocessing.max_images,
             point_format=preprocessing.point_format,
             system_prompt=_choice(SystemPrompt, preprocessing.system_prompt, "system_prompt"),
+            message_format=preprocessing.message_format,
         )
 
     @property

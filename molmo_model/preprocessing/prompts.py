@@ -11,6 +11,7 @@ import numpy as np
 
 from molmo_model.data.example import Conversation, Message
 from molmo_model.errors import DataError
+from molmo_model.model_config import MessageFormat
 from molmo_model.preprocessing.points import count_to_text, points_to_text
 
 _CAPTION = (
@@ -56,15 +57,6 @@ class SystemPrompt(StrEnum):
     none = "none"
     style = "style"
     """The style's name, as in `scene_count: How many ...`."""
-
-
-class MessageFormat(StrEnum):
-    """How messages are told apart. Every answer ends with the end-of-text token in any case."""
-
-    none = "none"
-    """Texts alone; every message but the first begins with a space."""
-    role = "role"
-    """`User: question Assistant:` and ` answer`, as in the released Molmo models."""
 
 
 def templates(style: str, message: Message) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from functools import cache, lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from molmo_model.config import CropMode
 from molmo_model.errors import ConfigError
+from molmo_model.model_config import CropMode
 
 IntArray = npt.NDArray[np.int64]
 

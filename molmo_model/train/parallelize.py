@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from molmo_model.config import ActivationCheckpointing, Precision, TrainConfig
 from molmo_model.errors import ConfigError
 from molmo_model.nn.build import component_of, restore_buffers
-from molmo_model.nn.molmo import MolmoConfig, MolmoForConditionalGeneration
+from molmo_model.nn.molmo import MolmoForConditionalGeneration
+from molmo_model.nn.molmo_config import MolmoConfig
 from molmo_model.train.checkpoint import load_weights
 from molmo_model.train.distributed import Ranks
 from molmo_model.train.optim import freeze

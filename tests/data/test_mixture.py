@@ -7,12 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from molmo_model.artifacts import write_manifest
-from molmo_model.config import DatasetConfig, MixtureEntry, ModelConfig, Params, PreprocessingConfig, RunConfig
+from molmo_model.config import DatasetConfig, MixtureEntry, Params, RunConfig
 from molmo_model.data.loader import generator
 from molmo_model.data.mixture import Leak, Mixture, check_leaks, image_leaks, resolve
 from molmo_model.data.plan import Plan, plan_packs
 from molmo_model.data.shards import ShardReader, write_shards
 from molmo_model.errors import ArtifactError, ConfigError, DataError
+from molmo_model.model_config import ModelConfig, PreprocessingConfig
 from molmo_model.preprocessing.preprocessor import Preprocessor
 from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 from molmo_model.preprocessing.tokenizer import load_tokenizer

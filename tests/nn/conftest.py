@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from molmo_model.config import ConnectorConfig, LanguageConfig, ModelConfig, PreprocessingConfig, VisionConfig
+from molmo_model.model_config import ConnectorConfig, LanguageConfig, ModelConfig, PreprocessingConfig, VisionConfig
 from molmo_model.nn.build import build_config
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
 

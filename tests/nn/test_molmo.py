@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from molmo_model.errors import ConfigError, DataError
 from molmo_model.nn.attention import IMPLEMENTATION
 from molmo_model.nn.build import build_config, build_model
-from molmo_model.nn.molmo import MolmoConfig
+from molmo_model.nn.molmo_config import MolmoConfig
 from tests.nn.conftest import IM_PATCH, PREFIX, VOCAB, Conversation, lay_out, pack, random_weights, tensors
 
 KINDS = {

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
-from molmo_model.config import ModelConfig
+from molmo_model.model_config import ModelConfig
 from molmo_model.nn.build import build_model
 from tests.nn.conftest import Conversation, crops_and_pooling, lay_out, pack, random_weights, tensors
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from molmo_model.config import PreprocessingConfig
+from molmo_model.model_config import PreprocessingConfig
 from molmo_model.preprocessing.preprocessor import Preprocessor
 from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 from molmo_model.preprocessing.tokenizer import load_tokenizer

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from molmo_model.config import CropMode, PreprocessingConfig
 from molmo_model.data.example import Conversation, Example, Image, Message
 from molmo_model.errors import CheckpointError, ConfigError, DataError
+from molmo_model.model_config import CropMode, PreprocessingConfig
 from molmo_model.preprocessing.image import decode_image, resize
 from molmo_model.preprocessing.preprocessor import IGNORE, PREFIX_SEGMENT, Encoded, Preprocessor
 from molmo_model.preprocessing.preprocessor_config import LossWeighting, PreprocessorConfig

@@ -14,8 +14,8 @@ from transformers.models.molmo2.image_processing_molmo2 import (
 from transformers.models.molmo2.image_processing_molmo2 import select_tiling as reference_tiling
 from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 
-from molmo_model.config import CropMode
 from molmo_model.errors import ConfigError
+from molmo_model.model_config import CropMode
 from molmo_model.preprocessing.image import resize
 from molmo_model.preprocessing.tiling import (
     HOLE,
