@@ -16,9 +16,11 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from molmo_model import aliases
 from molmo_model.errors import ConfigError
 from molmo_model.model_config import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ModelConfig
 from molmo_model.model_config import BOUNDS as MODEL_BOUNDS
+from molmo_model.presets import PRESETS, merge
 
 PARAMS_VERSION = 2
 """The version that this code reads; older files are migrated by `migrate()`, newer ones are refused."""
@@ -151,6 +153,8 @@ class TrainConfig:
     """Threads of torch in each rank; part of the run's identity for the same reason."""
     precision: Precision = Precision.fp32
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    compile: bool = False
+    """Compiles each transformer block (`torch.compile`): about a minute at the start, then faster steps; for GPUs."""
     deterministic: bool = True
     z_loss: float = 0.0
     """Factor of the squared log-partition term, 1e-4 in Molmo; 0 is off."""
@@ -308,8 +312,9 @@ def load_params(path: str | Path = "params.yaml", overrides: Iterable[str] = ())
 
 def params_from_dict(raw: Mapping[str, Any], source: str, overrides: Iterable[str] = ()) -> Params:
     """The checked `Params` of a parsed file of the current version; see `load_params`."""
+    raw, overrides = aliases.resolve(raw, overrides, source)
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Params), OmegaConf.create(dict(raw)))
+        config = OmegaConf.merge(OmegaConf.structured(Params), OmegaConf.create(_with_presets(raw, overrides)))
         for override in overrides:
             key, separator, _ = override.partition("=")
             if not separator:
@@ -353,6 +358,22 @@ def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
     if name not in table:
         raise ConfigError(f"unknown {what} {name!r}; {_suggest(name, table)}")
     return table[name]
+
+
+def _with_presets(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The params with each model's values laid over those of its preset, which an override may name."""
+    models = raw.get("models")
+    if not isinstance(models, Mapping):
+        return dict(raw)
+    merged = dict(models)
+    for name, model in models.items():
+        preset = model.get("preset") if isinstance(model, Mapping) else None
+        for override in overrides:
+            key, _, value = override.partition("=")
+            preset = value if key == f"models.{name}.preset" else preset
+        if isinstance(model, Mapping) and isinstance(preset, str) and preset != "null":
+            merged[name] = merge(lookup(PRESETS, preset, f"preset of models.{name}"), model)
+    return {**raw, "models": merged}
 
 
 def _plain(value: Any) -> Any:
@@ -422,9 +443,11 @@ def _check(params: Params, source: str) -> None:
         for entry_name, entry in run.mixture.items():
             lookup(params.datasets, entry.dataset, f"dataset of {key}.mixture.{entry_name}.dataset")
         model_of(params, name)
+        _check_freezing(run.train, f"{source}: {key}.train")
     for name, task in params.tasks.items():
         lookup(params.datasets, task.dataset, f"dataset of tasks.{name}.dataset")
         lookup(dict.fromkeys(("train", "eval")), task.split, f"split of tasks.{name}.split")
+        check_decoding(task.decoding, task.max_new_tokens, f"{source}: tasks.{name}.decoding")
     for checkpoint in params.eval.checkpoints:
         run_name, separator, step = checkpoint.partition("/")
         if not separator or not step.startswith("step-") or not (len(step) == 11 and step[5:].isdigit()):
@@ -505,6 +528,60 @@ def _check_names(params: Params, source: str) -> None:
     for shared in sorted(set(params.models) & set(params.runs)):
         message = "is also the name of a model; rename one, `init` must mean one thing"
         raise ConfigError(f"{source}: runs.{shared}: {message}")
+
+
+def check_decoding(decoding: DecodingConfig, max_new_tokens: int, where: str) -> None:
+    """Refuses settings that contradict each other or would have no effect.
+
+    Raises:
+        ConfigError: beginning with `where`.
+    """
+    plain = DecodingConfig()
+    if decoding.do_sample and decoding.num_beams > 1:
+        raise ConfigError(f"{where}: do_sample has one beam, num_beams is {decoding.num_beams}; choose one of the two")
+    for name in ("seed", "temperature", "top_k", "top_p"):
+        if not decoding.do_sample and getattr(decoding, name) != getattr(plain, name):
+            raise ConfigError(f"{where}: {name} is {getattr(decoding, name)}, but do_sample is off; turn it on")
+    if decoding.num_beams == 1 and decoding.length_penalty != plain.length_penalty:
+        raise ConfigError(f"{where}: length_penalty is {decoding.length_penalty}; it ranks beams, there is one")
+    if decoding.min_new_tokens > max_new_tokens:
+        raise ConfigError(f"{where}: min_new_tokens {decoding.min_new_tokens} is above max_new_tokens {max_new_tokens}")
+
+
+def read_decoding(settings: Iterable[str], max_new_tokens: int, source: str) -> DecodingConfig:
+    """The decoding of `key=value` settings, such as `num_beams=3`, checked as in the params.
+
+    Raises:
+        ConfigError: beginning with `source`.
+    """
+    try:
+        plain = OmegaConf.structured(DecodingConfig)
+        decoding = OmegaConf.to_object(OmegaConf.merge(plain, OmegaConf.from_dotlist(list(settings))))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, source)) from error
+    assert isinstance(decoding, DecodingConfig)
+    _check_bounds(decoding, source, "decoding")
+    check_decoding(decoding, max_new_tokens, f"{source}: decoding")
+    return decoding
+
+
+def _check_freezing(train: TrainConfig, where: str) -> None:
+    for name in ("vision", "connector", "language"):
+        settings: ComponentOptim = getattr(train.optim, name)
+        if settings.unfreeze_step is None:
+            continue
+        key = f"{where}.optim.{name}.unfreeze_step"
+        if not settings.freeze:
+            raise ConfigError(f"{key} is {settings.unfreeze_step}, but {name} is not frozen; set freeze: true")
+        if settings.unfreeze_step > train.steps:
+            raise ConfigError(
+                f"{key} is {settings.unfreeze_step}, but the run has {train.steps} steps; leave it out to keep {name} "
+                "frozen"
+            )
+        if train.lora is not None:
+            raise ConfigError(f"{key}: train.lora keeps all but adapters and connector frozen; leave it out")
+    if train.lora is not None and train.optim.language.freeze:
+        raise ConfigError(f"{where}.optim.language.freeze: adapters follow it; leave it out with train.lora")
 
 
 def saved_steps(train: TrainConfig) -> list[int]:

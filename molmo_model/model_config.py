@@ -41,17 +41,19 @@ class Pooling(StrEnum):
     none = "none"
     """No pooling: one token per patch; needs `pooling_size: [1, 1]`."""
     mean = "mean"
-    """Average of the window without its holes. `"2"` is this with `pooling_size: [2, 2]`, `"4"` with [4, 4]."""
+    """Average of the window, without its holes if they are masked. `"2"` is this with `pooling_size: [2, 2]`, `"4"` with
+    [4, 4]."""
     attention_meanq = "attention_meanq"
     """Multi-head attention whose one query is the mean of the window."""
     attention_meanq_2x = "attention_meanq_2x"
-    """The same, twice as wide inside."""
+    """The same with heads, and so the projector's input, twice as wide."""
     attention_meanq_4x = "attention_meanq_4x"
-    """The same, four times as wide inside."""
+    """The same, four times as wide."""
     attention = "attention"
-    """Multi-head attention whose query is the first (top left) patch of the window."""
+    """Multi-head attention whose query is the first (top left) patch of the window; masked, the first that is none of
+    its holes."""
     attention_2wide = "attention_2wide"
-    """The same, twice as wide inside."""
+    """The same with heads, and so the projector's input, twice as wide."""
     learned_queries = "learned_queries"
     """Cross-attention of `num_queries` learned queries to the window, each of which becomes a token."""
     c_abstractor = "c_abstractor"
@@ -68,11 +70,12 @@ class Projector(StrEnum):
     mlp = "mlp"
     """SwiGLU without biases: `w2(silu(w1 x) * w3 x)`."""
     mlpx = "mlpx"
-    """SwiGLU, then a second one of the language model's width with a residual connection around it."""
+    """SwiGLU to the language model's width, then `y + SwiGLU(y)` at that width; both as wide inside."""
 
 
 class PaddingEmbedding(StrEnum):
-    """What tells padded patches of letterboxed crops apart, added to the features before pooling."""
+    """What tells padded patches of letterboxed crops apart, added to the features before pooling, zero at first. Needs
+    a `resize` that letterboxes."""
 
     none = "none"
     pad_embed = "pad_embed"
@@ -112,7 +115,12 @@ class MessageFormat(StrEnum):
     role = "role"
     """`User: question Assistant:` and ` answer`, as in the released Molmo models."""
     chatml = "chatml"
-    """`<|im_start|>user ... <|im_end|>` as the Qwen family was trained with, and Molmo2 with it."""
+    """`<|im_start|>user ... <|im_end|>` as the Qwen family was trained with, and Molmo2 with it. The tokenizer must
+    have both tokens; answers end with `<|im_end|>`, whatever else the tokenizer ends a text with."""
+
+
+CHATML_START, CHATML_END = "<|im_start|>", "<|im_end|>"
+"""The tokens of `MessageFormat.chatml`."""
 
 
 class FrameSampling(StrEnum):
@@ -209,7 +217,7 @@ class LanguageConfig:
     """The language model. Sizes left at None take those of `pretrained`."""
 
     family: str = MISSING
-    """A name of the table in `molmo_model.nn.language_model`, such as `qwen2`."""
+    """A name or alias of the tables in `molmo_model.nn.language_model`, such as `qwen2` or `llama3`."""
     pretrained: str | None = None
     """Hub id or folder of a transformers causal language model; None builds it from the sizes below."""
     hidden_size: int | None = None
@@ -217,11 +225,14 @@ class LanguageConfig:
     num_layers: int | None = None
     num_heads: int | None = None
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    """Width of one attention head, in families where it may differ from `hidden_size / num_heads` (Qwen3)."""
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False
     vocab_size: int | None = None
     """Rows of the embedding of a model that is built, not loaded; None is the tokenizer's. Extra ids begin here."""
     rope_theta: float | None = None
+    """Base of the rotary positions of a model that is built; None is the family's own for short contexts."""
     sliding_window: int | None = None
     """Positions that sliding layers see back, in families that have such layers (OLMo3)."""
     num_experts: int | None = None
@@ -231,6 +242,9 @@ class LanguageConfig:
     """Rows of the extra embedding for image tokens; ids begin exactly at the language model's embedding size."""
     bidirectional_images: bool = True
     """Tokens of one image see each other in both directions."""
+    one_image_block: bool = False
+    """With `bidirectional_images`: all images of an example form one block, whose tokens see each other whichever image
+    they belong to. The rule of transformers' Molmo2, which a model must be trained with to be exported to it."""
     residual_dropout: float = 0.0
     """Dropout on what attention and MLP add to the residual stream, on tokens that are not answered."""
     response_residual_dropout: float | None = None
@@ -250,7 +264,8 @@ class VideoConfig:
     sampling: FrameSampling = FrameSampling.uniform
     candidate_fps: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
     random_sampling: bool = False
-    """In training each frame is drawn from its interval, by the example's own generator; evaluation stays fixed."""
+    """In training each frame is drawn from its interval, by the example's own generator, their number staying the same;
+    evaluation stays fixed."""
     times: FrameTimes = FrameTimes.per_frame
     pooling_size: list[int] = field(default_factory=lambda: [3, 3])
     """Height and width in patches of the pooling window of low-resolution frames."""
@@ -258,13 +273,14 @@ class VideoConfig:
     """Every n-th frame, the first included, is pooled by the connector's `pooling_size` instead; 0 is none."""
     select_frames_by_query: str | None = None
     """Hub id or folder of a SigLIP(2) text-image model that scores frames against the question; the best ones, as many
-    as `high_res_every` would give, become the high-resolution frames. None spaces them evenly."""
+    as `high_res_every` would give, become the high-resolution frames. None spaces them evenly. One conversation per
+    sequence then. The model is not part of the checkpoint, which names it."""
     temporal_position_embedding: bool = False
-    """A learned vector per frame number, zero at first, added to the frame's features."""
+    """A learned vector per frame number (`max_frames` of them), zero at first, added to the frame's features."""
     temporal_attention_layers: int = 0
     """Layers of attention over the same patch of all frames, after the encoder; zero at first."""
     frames_per_batch: int = 0
-    """Frames that the vision encoder sees at once in inference, to bound memory; 0 is all."""
+    """Frames (and crops of images) that the vision encoder sees at once in inference, to bound memory; 0 is all."""
 
 
 @dataclass
@@ -283,11 +299,14 @@ class SelectorConfig:
     low_res_layers: int | None = None
     """Layers of the language model that the low-resolution pass runs; None is all."""
     gradient_layers: list[int] = field(default_factory=list)
-    """[first, end) layers of that pass that get gradients; empty is none."""
+    """[first, end) layers of that pass that get gradients; empty is none. Without `all_layers` its last layer must be
+    among them, or none would arrive."""
     gradient_embedding: bool = False
     """The low-resolution pass also sends gradients into the embeddings and image features."""
     all_layers: bool = False
     """Score from the states of all layers of the pass instead of the last."""
+    norm: bool = True
+    """States and features are normalised before they are scored; inside a language model they can be very large."""
     hidden_size: int = 1024
     """Width of the scorer's and the prior's MLP; 0 is a linear scorer."""
     dropout: float = 0.1
@@ -337,6 +356,9 @@ class ModelConfig:
 
     preset: str | None = None
     """A name of the table in `molmo_model.presets`, whose values stand wherever this model gives none."""
+    checkpoint: str | None = None
+    """Folder of a whole model, as `pipelines.import_checkpoint` writes it, whose weights are taken instead of drawn
+    ones; the sizes must be those given here. The tokenizer is named apart and may be the same folder."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
@@ -358,7 +380,7 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         "feature_dropout": SHARE,
     },
     LanguageConfig: {
-        **dict.fromkeys((*_SIZES, "num_key_value_heads", "max_position_embeddings"), AT_LEAST_1),
+        **dict.fromkeys((*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"), AT_LEAST_1),
         **dict.fromkeys(("vocab_size", "sliding_window", "num_experts", "num_experts_per_token"), AT_LEAST_1),
         "extra_vocab_size": AT_LEAST_1,
         "rope_theta": ABOVE_0,

@@ -24,6 +24,7 @@ def build(build: Build) -> dict[str, Any]:
     from molmo_model.preprocessing.preprocessor import Preprocessor
     from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
     from molmo_model.preprocessing.tokenizer import load_tokenizer
+    from molmo_model.processing import MolmoProcessor
 
     name = build.key["model"]
     config = build.params.models[name]
@@ -32,18 +33,50 @@ def build(build: Build) -> dict[str, Any]:
         config.preprocessing,
         image_size=model.config.vision_config.image_size,
         patch_size=model.config.vision_config.patch_size,
-        pooling_size=config.connector.pooling_size,
-        resize=VISION_ENCODERS[config.vision.encoder].resize,
+        pooling_size=model.config.pooling_size,
+        resize=VISION_ENCODERS[model.config.vision_encoder].resize,
         vocab_size=model.config.text_config.vocab_size,
+        tokens_per_window=model.config.num_queries,
+        patch_masks=model.config.padding_embedding != "none",
+        equal_windows=model.model.vision_backbone.connector.equal_windows,
+        selector=config.selector,
     )
+    if config.selector is not None:
+        _check_positions(name, preprocessing.tiling, model.config.text_config.max_position_embeddings)
+    _check_padding(name, preprocessing.resize, model.config.padding_embedding)
     _check_extra_ids(name, preprocessing.special_ids, preprocessing.im_patch_id, model.config)
     step = build.out / Path(checkpoint_name(name, 0)).name
     model.save_pretrained(step)
-    Preprocessor(preprocessing, load_tokenizer(config.tokenizer)).save_pretrained(step)
+    MolmoProcessor(Preprocessor(preprocessing, load_tokenizer(config.tokenizer))).save_pretrained(step)
     write_text_atomic(step / "params.json", json.dumps(build.stamp["params"], indent=1, sort_keys=True) + "\n")
     summary: dict[str, Any] = {"step": 0, "parameters": parameter_counts(model)}
     write_manifest(step, schema=CHECKPOINT_SCHEMA, version=CHECKPOINT_VERSION, summary=summary, **build.stamp)
     return {"steps": [0], "parameters": summary["parameters"]}
+
+
+def _check_padding(name: str, resize: str, padding_embedding: str) -> None:
+    """A padding embedding marks the bars of letterboxed crops; squashed crops have none, and it would never be told
+    anything."""
+    from molmo_model.errors import ConfigError
+    from molmo_model.preprocessing.image import RESIZE_METHODS
+
+    if padding_embedding != "none" and not RESIZE_METHODS[resize].letterbox:
+        raise ConfigError(
+            f"models.{name}.connector.padding_embedding is {padding_embedding}, but resize {resize!r} leaves no "
+            "padding; set preprocessing.resize to `default`, or padding_embedding to none"
+        )
+
+
+def _check_positions(name: str, tiling: Any, positions: int) -> None:
+    """A selected token keeps its position in the whole view, so positions go far beyond the tokens of a sequence."""
+    from molmo_model.errors import ConfigError
+    from molmo_model.preprocessing.selection import longest_view
+
+    if (longest := longest_view(tiling)) >= positions:
+        raise ConfigError(
+            f"models.{name}: an image has up to {longest} positions, however few tokens are selected, but the language "
+            f"model {positions}; raise language.max_position_embeddings or lower preprocessing.max_crops"
+        )
 
 
 def _check_extra_ids(name: str, special_ids: dict[str, int], im_patch: int, config: Any) -> None:
@@ -71,7 +104,12 @@ def fingerprints(params: Any, key: Key) -> dict[str, str]:
     from molmo_model.preprocessing.tokenizer import tokenizer_folder
 
     model = params.models[key["model"]]
-    sources = {"vision.pretrained": model.vision.pretrained, "language.pretrained": model.language.pretrained}
+    sources = {
+        "checkpoint": model.checkpoint,
+        "vision.pretrained": model.vision.pretrained,
+        "language.pretrained": model.language.pretrained,
+        "preprocessing.video.select_frames_by_query": model.preprocessing.video.select_frames_by_query,
+    }
     folders = {name: Path(source) for name, source in sources.items() if source is not None}
     folder = tokenizer_folder(model.tokenizer)
     return {

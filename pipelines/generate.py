@@ -1,15 +1,20 @@
 """Asks a checkpoint a question about a picture, prints the answer and saves the picture with its points drawn.
 
 usage: python -m pipelines.generate checkpoint=FOLDER prompt=TEXT [image=FILE ...] [out=answer.png]
-                                    [max_new_tokens=256] [style=qa] [precision=fp32]
+                                    [heatmap=FILE] [max_new_tokens=256] [style=qa] [precision=fp32]
+                                    [keep_image_tokens=1] [decoding.NAME=VALUE ...]
 
 checkpoint      a checkpoint's name or folder, such as sft/step-000500 or artifacts/checkpoints/sft/step-000500
 image           a picture; several `image=` are asked about together, up to the model's max_images
 prompt          the question
 out             where the first picture goes, the points of the answer drawn; answer.png, written only if there are any
+heatmap         where the selection of a HeMolmo goes: each picture with the tokens that the model kept for this
+                question in the colour of their importance; further pictures as NAME-2.png, NAME-3.png ...
 max_new_tokens  the answer is cut off there
 style           task family that the prompt is framed for, where the model was trained with a `style` system prompt
 precision       fp32, bf16 or fp16
+keep_image_tokens  share of each picture's tokens that the language model sees
+decoding.NAME   as in the params: decoding.num_beams=3, or decoding.do_sample=true decoding.top_p=0.9 decoding.seed=1
 
 Not a stage: writes no artefact. Exit codes: 0 answered, 2 refused with a message.
 """
@@ -28,8 +33,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from molmo_model.data.example import Image
+    from molmo_model.eval.inference import Predictor, Question
 
-OPTIONS = ("checkpoint", "prompt", "image", "out", "max_new_tokens", "style", "precision")
+OPTIONS = (
+    *("checkpoint", "prompt", "image", "out", "heatmap", "max_new_tokens", "style", "precision", "keep_image_tokens"),
+    "decoding.NAME",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,10 @@ class Request:
     prompt: str
     images: list[Path] = field(default_factory=list)
     out: Path | None = None
+    heatmap: Path | None = None
+    decoding: list[str] = field(default_factory=list)
+    """Settings of `molmo_model.config.DecodingConfig`, as `key=value`."""
+    keep_image_tokens: float = 1.0
     max_new_tokens: int = 256
     style: str = "qa"
     precision: str = "fp32"
@@ -52,9 +65,12 @@ def parse(argv: Sequence[str]) -> Request:
         ConfigError: an unknown, missing, repeated or wrong option, by name.
     """
     values: dict[str, str] = {}
-    images = []
+    images, decoding = [], []
     for argument in argv:
         name, separator, value = argument.partition("=")
+        if separator and name.startswith("decoding."):
+            decoding.append(argument.removeprefix("decoding."))
+            continue
         if not separator or name not in OPTIONS:
             raise ConfigError(f"{argument!r} is no option; write one of {', '.join(f'{o}=...' for o in OPTIONS)}")
         if not value:
@@ -71,14 +87,21 @@ def parse(argv: Sequence[str]) -> Request:
     tokens = values.get("max_new_tokens", "256")
     if not tokens.isdecimal() or int(tokens) < 1:
         raise ConfigError(f"max_new_tokens={tokens} must be a whole number of at least 1")
+    try:
+        keep = float(values.get("keep_image_tokens", "1"))
+    except ValueError as error:
+        raise ConfigError(f"keep_image_tokens={values['keep_image_tokens']} must be a number, 0 to 1") from error
     return Request(
         checkpoint=_folder(values["checkpoint"]),
         prompt=values["prompt"],
         images=images,
         out=Path(values["out"]) if "out" in values else None,
+        heatmap=Path(values["heatmap"]) if "heatmap" in values else None,
         max_new_tokens=int(tokens),
         style=values.get("style", "qa"),
         precision=values.get("precision", "fp32"),
+        decoding=decoding,
+        keep_image_tokens=keep,
     )
 
 
@@ -94,10 +117,11 @@ def answer(request: Request) -> str:
     Raises:
         MolmoError: the checkpoint or a picture cannot be read, or the picture cannot be saved.
     """
-    from molmo_model.config import Precision, lookup
+    from molmo_model.config import Precision, lookup, read_decoding
     from molmo_model.data.example import Conversation, Example, Message
 
     precision = lookup({item.value: item for item in Precision}, request.precision, "precision")
+    decoding = read_decoding(request.decoding, request.max_new_tokens, "generate")
     read = [_read(path) for path in request.images]
     # the answer's turn is only there because a conversation ends with one; the model is given what stands before it
     turns = (Message("user", request.prompt), Message("assistant", "?"))
@@ -107,11 +131,14 @@ def answer(request: Request) -> str:
     from molmo_model.preprocessing.points import extract_points
 
     predictor = Predictor.load(request.checkpoint, precision)
-    (said,) = predictor.answer([Question(example)], request.max_new_tokens)
+    question = [Question(example)]
+    (said,) = predictor.answer(question, request.max_new_tokens, decoding, request.keep_image_tokens)
     points = extract_points(said.text)
     lines = [said.text + (f" [cut off at {said.tokens} tokens]" if said.finish_reason == "length" else "")]
     if read and (points or request.out is not None):
         lines.append(_save(read[0][1], points, request.out or Path("answer.png")))
+    if request.heatmap is not None:
+        lines += _save_selection(predictor, Question(example), [pixels for _, pixels in read], request.heatmap)
     return "\n".join(lines)
 
 
@@ -139,6 +166,26 @@ def _save(pixels: "npt.NDArray[np.uint8]", points: list[tuple[float, float]], ou
         raise DataError(f"out={out} cannot be written: {error}") from error
     places = ", ".join(f"({x:g}, {y:g})" for x, y in points)
     return f"{len(points)} point{'' if len(points) == 1 else 's'} drawn in {out}{': ' if points else ''}{places}"
+
+
+def _save_selection(
+    predictor: "Predictor", question: "Question", pictures: "list[npt.NDArray[np.uint8]]", out: Path
+) -> list[str]:
+    """Saves every picture with what the model kept of it, and says so."""
+    from molmo_model.eval.heatmap import draw_selection, selected_tokens
+
+    if not pictures:
+        raise ConfigError("heatmap= shows what is selected of a picture; give an image=")
+    lines = []
+    for number, (pixels, found) in enumerate(zip(pictures, selected_tokens(predictor, question), strict=True), start=1):
+        path = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_selection(pixels, found).save(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"heatmap={path} cannot be written: {error}") from error
+        lines.append(f"{found.kept} of {found.importance.size} tokens of the picture kept, drawn in {path}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:

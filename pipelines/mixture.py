@@ -63,7 +63,7 @@ def _cost_of(preprocessor: "Preprocessor") -> "Callable[[Example], ExampleCost]"
 
     def cost_of(example: "Example") -> "ExampleCost":
         sizes = [(image.width, image.height) for image in example.images]
-        cost = preprocessor.cost_parts(sizes, example.conversations, example.id)
+        cost = preprocessor.cost_parts(sizes, example.conversations, example.id, example.videos)
         return ExampleCost(cost.prefix, cost.crops, cost.branches)
 
     return cost_of

@@ -15,7 +15,7 @@ from pipelines.stage import Build, Stage, main, state_root
 
 if TYPE_CHECKING:
     from molmo_model.artifacts import Manifest
-    from molmo_model.config import Precision
+    from molmo_model.config import Precision, Quantization, TaskConfig
     from molmo_model.data.shards import ShardReader
     from molmo_model.eval.inference import Predictor
     from molmo_model.eval.journal import Journal
@@ -32,6 +32,18 @@ def journal_folder(checkpoint: "Manifest") -> Path:
     from molmo_model.eval.journal import weights_digest
 
     return journals() / weights_digest(checkpoint)[:20]
+
+
+def decoding_identity(task: "TaskConfig", quantization: "Quantization") -> dict[str, Any]:
+    """All settings of a task and of the evaluation that can change an answer, for the journal's key."""
+    from molmo_model.config import to_dict
+
+    return {
+        **to_dict(task.decoding),
+        "max_new_tokens": task.max_new_tokens,
+        "keep_image_tokens": task.keep_image_tokens,
+        "quantization": quantization.value,
+    }
 
 
 def build(stage: Build) -> dict[str, Any]:
@@ -52,7 +64,7 @@ def build(stage: Build) -> dict[str, Any]:
     reader = ShardReader(stage.inputs["shards"])
     asked = tasks.items(task, name, reader)
     prompts = _prompts(folder, asked)
-    decoding = {"strategy": "greedy", "max_new_tokens": task.max_new_tokens}
+    decoding = decoding_identity(task, stage.params.eval.quantization)
     identity = identity_of(checkpoint, source_digest("molmo_model.eval.inference"), decoding, precision.value)
     keys = [identity.key(item.images, prompt) for item, prompt in zip(asked, prompts, strict=True)]
     with Journal(journal_folder(checkpoint), name) as journal:
@@ -84,16 +96,17 @@ def _prompts(folder: Path, asked: "Sequence[Item]") -> list[list[str]]:
 
     path = folder / CONFIG_FILE
     config = PreprocessorConfig.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
-    texts = (prompts.choices(item.asked, config.system_prompt, config.message_format) for item in asked)
+    formats = (config.system_prompt, config.message_format, config.point_format)
+    texts = (prompts.choices(item.asked, *formats) for item in asked)
     return [prompts.draw(choices, None)[:-1] for choices in texts]
 
 
 @lru_cache(maxsize=1)
-def _predictor(folder: Path, digest: str, precision: "Precision") -> "Predictor":
+def _predictor(folder: Path, digest: str, precision: "Precision", quantization: "Quantization") -> "Predictor":
     """The model of a checkpoint, kept for its next task; `digest` tells a checkpoint from another in its place."""
     from molmo_model.eval.inference import Predictor
 
-    return Predictor.load(folder, precision)
+    return Predictor.load(folder, precision, quantization=quantization)
 
 
 def _ask(stage: Build, journal: "Journal", asked: "Sequence[Item]", keys: Sequence[str], reader: "ShardReader") -> None:
@@ -106,7 +119,9 @@ def _ask(stage: Build, journal: "Journal", asked: "Sequence[Item]", keys: Sequen
     from molmo_model.eval.inference import Question, batches
 
     task, size = stage.params.tasks[stage.key["task"]], stage.params.runtime.eval_batch_size
-    predictor = _predictor(stage.inputs["checkpoint"], stage.stamp["inputs"]["checkpoint"], stage.params.eval.precision)
+    evaluation = stage.params.eval
+    digest = stage.stamp["inputs"]["checkpoint"]
+    predictor = _predictor(stage.inputs["checkpoint"], digest, evaluation.precision, evaluation.quantization)
     made = {
         "batch_size": size,
         "ranks": 1,
@@ -118,7 +133,7 @@ def _ask(stage: Build, journal: "Journal", asked: "Sequence[Item]", keys: Sequen
     with tqdm(total=len(asked), desc=" ".join(stage.key.values()), unit="answer", mininterval=0.5) as bar:
         for batch in batches(costs, size):
             questions = [Question(reader.read(asked[index].row), asked[index].conversation) for index in batch]
-            answers = predictor.answer(questions, task.max_new_tokens)
+            answers = predictor.answer(questions, task.max_new_tokens, task.decoding, task.keep_image_tokens)
             records = [asdict(answer) for answer in answers]
             journal.append(zip([keys[index] for index in batch], records, strict=True), made)
             bar.update(len(batch))
@@ -156,7 +171,7 @@ STAGE = Stage(
     version=1,
     keys=("checkpoint", "task"),
     out="artifacts/predictions/{checkpoint}/{task}",
-    params=("eval.precision", "tasks.{task}"),
+    params=("eval.precision", "eval.quantization", "tasks.{task}"),
     build=build,
     partitions=lambda params: [
         {"checkpoint": checkpoint, "task": task} for checkpoint, task in product(params.eval.checkpoints, params.tasks)

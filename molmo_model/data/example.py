@@ -1,4 +1,4 @@
-"""The one form that every dataset becomes: images, and conversations about them.
+"""The one form that every dataset becomes: images or films, and conversations about them.
 
 A family in `molmo_model.data.datasets` makes `Example`s, the shards keep them, the preprocessor turns them into tokens.
 An `Example` that exists is valid: its constructor refuses what the rest of the house cannot use, naming id and field.
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from molmo_model.artifacts import canonical_json
+from molmo_model.data.timeline import Timeline
 from molmo_model.errors import DataError
 
 ROLES = ("user", "assistant")
@@ -51,6 +52,44 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Video:
+    """One film, or a part of it, as its original encoded file; `video_file.probe_video` makes one from the bytes."""
+
+    data: bytes
+    """The file's bytes, never re-encoded."""
+    width: int
+    """Pixels, after the rotation that the file asks for."""
+    height: int
+    format: str
+    """Container in capitals, such as `MP4`."""
+    timeline: Timeline
+    """When its frames are shown."""
+    clip: tuple[float, float] | None = None
+    """First and last second, on the container's clock, of the part that is meant; None is the whole film."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of the whole film."""
+        return self.timeline.frames
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the whole film."""
+        return float(self.timeline.end - self.timeline.begin)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the part that is meant: two clips of one film differ."""
+        if self.clip is None:
+            return self.sha256
+        return hashlib.sha256(f"{self.sha256} {self.clip[0]!r} {self.clip[1]!r}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn. A user's turn is text or, with text None, a prompt drawn from the style's templates. An assistant's
     turn is either text or points."""
@@ -79,7 +118,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Example:
-    """Images and what is said about them.
+    """Images, or films, and what is said about them.
 
     Raises:
         DataError: naming the id and the field, for whatever is empty, of a wrong type or contradictory.
@@ -91,13 +130,23 @@ class Example:
     """None, one or several; they come before the conversation."""
     conversations: tuple[Conversation, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    videos: tuple[Video, ...] = ()
+    """Films, in place of images; they too come before the conversation."""
 
     def __post_init__(self) -> None:
         _check(self)
 
+    @property
+    def files(self) -> "tuple[Image | Video, ...]":
+        """Images and films, in order."""
+        return (*self.images, *self.videos)
+
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON without the image bytes, which stand as size, format and SHA-256; see `from_json`."""
-        return {
+        """Plain JSON without the bytes of images and films, which stand as facts and SHA-256; see `from_json`.
+
+        An example without films has no field `videos`."""
+        videos = {"videos": [_video_json(video) for video in self.videos]} if self.videos else {}
+        return videos | {
             "id": self.id,
             "images": [
                 {"width": image.width, "height": image.height, "format": image.format, "sha256": image.sha256}
@@ -113,7 +162,7 @@ class Example:
 
         Args:
             raw: what `to_json` returned.
-            image_bytes: the encoded files, in order.
+            image_bytes: the encoded files of images, then those of films, in order.
             verify: compare each file with its SHA-256; False where the caller has already verified the bytes.
 
         Raises:
@@ -121,17 +170,21 @@ class Example:
                 images, or bytes that are not those described.
         """
         name = raw.get("id") if isinstance(raw, Mapping) else None
-        fields = _fields(raw, name, "example", ("id", "images", "conversations", "metadata"))
-        described = _list(fields["images"], name, "images")
-        if len(described) != len(image_bytes):
-            _refuse(name, "images", f"describes {len(described)} images, but {len(image_bytes)} files are given")
-        pairs = zip(described, image_bytes, strict=True)
+        films = ("videos",) if isinstance(raw, Mapping) and "videos" in raw else ()
+        fields = _fields(raw, name, "example", ("id", "images", "conversations", "metadata", *films))
+        described, filmed = _list(fields["images"], name, "images"), _list(fields.get("videos", []), name, "videos")
+        if len(described) + len(filmed) != len(image_bytes):
+            what = f"{len(described)} images" + (f" and {len(filmed)} videos" if filmed else "")
+            _refuse(name, "images", f"describes {what}, but {len(image_bytes)} files are given")
+        pairs = zip(described, image_bytes[: len(described)], strict=True)
         images = [_image(item, data, name, f"images[{i}]", verify) for i, (item, data) in enumerate(pairs)]
+        pairs = zip(filmed, image_bytes[len(described) :], strict=True)
+        videos = [_video(item, data, name, f"videos[{i}]", verify) for i, (item, data) in enumerate(pairs)]
         conversations = [
             _conversation(item, name, f"conversations[{i}]")
             for i, item in enumerate(_list(fields["conversations"], name, "conversations"))
         ]
-        return cls(fields["id"], tuple(images), tuple(conversations), fields["metadata"])
+        return cls(fields["id"], tuple(images), tuple(conversations), fields["metadata"], tuple(videos))
 
     def content_hash(self) -> str:
         """SHA-256 over everything, image bytes included."""
@@ -197,20 +250,42 @@ def _check(example: Example) -> None:
         _refuse(name, "id", f"is {name!r}; it must be text that is not empty")
     if not example.conversations:
         _refuse(name, "conversations", "is empty; an example needs at least one")
+    if example.images and example.videos:
+        _refuse(name, "videos", "stand beside images; an example has images or videos, not both")
     for i, image in enumerate(example.images):
-        if not isinstance(image.data, bytes) or not image.data:
-            _refuse(name, f"images[{i}].data", "is no bytes, or empty")
-        for side in ("width", "height"):
-            size = getattr(image, side)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                _refuse(name, f"images[{i}].{side}", f"is {size!r}; it must be a whole number of pixels, at least 1")
-        if not isinstance(image.format, str) or not image.format:
-            _refuse(name, f"images[{i}].format", f"is {image.format!r}; it must name the encoding, such as PNG")
+        _check_file(image, name, f"images[{i}]")
+    for i, video in enumerate(example.videos):
+        _check_file(video, name, f"videos[{i}]")
+        _check_clip(video, name, f"videos[{i}].clip")
     for i, conversation in enumerate(example.conversations):
         _check_conversation(conversation, bool(example.images), name, f"conversations[{i}]")
     _check_metadata(example.metadata, name, "metadata")
     if problem := plain_problem(name, "id"):
         _refuse(name, *problem)
+
+
+def _check_file(file: Image | Video, name: str, where: str) -> None:
+    """Bytes, sizes and format of an image or a film."""
+    if not isinstance(file.data, bytes) or not file.data:
+        _refuse(name, f"{where}.data", "is no bytes, or empty")
+    for side in ("width", "height"):
+        size = getattr(file, side)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            _refuse(name, f"{where}.{side}", f"is {size!r}; it must be a whole number of pixels, at least 1")
+    if not isinstance(file.format, str) or not file.format:
+        _refuse(name, f"{where}.format", f"is {file.format!r}; it must name the encoding, such as PNG")
+
+
+def _check_clip(video: Video, name: str, where: str) -> None:
+    """The part of a film that is meant encloses some of it."""
+    clip, timeline = video.clip, video.timeline
+    if clip is None:
+        return
+    if not isinstance(clip, tuple) or len(clip) != 2 or not all(is_number(value) for value in clip):
+        _refuse(name, where, f"is {clip!r}; it must be two finite numbers of seconds, or None")
+    if not 0 <= clip[0] < clip[1] or clip[0] >= timeline.end or clip[1] <= timeline.begin:
+        begin, end = float(timeline.begin), float(timeline.end)
+        _refuse(name, where, f"is {clip}, which encloses nothing of the film, {begin:.3f} to {end:.3f} s")
 
 
 def _check_conversation(conversation: Conversation, has_image: bool, name: str, where: str) -> None:
@@ -299,6 +374,54 @@ def _image(raw: Any, data: bytes, name: Any, where: str, verify: bool) -> Image:
     if verify and image.sha256 != fields["sha256"]:
         _refuse(name, f"{where}.sha256", f"is {fields['sha256']}, but the file's bytes give {image.sha256}")
     return image
+
+
+def _video_json(video: Video) -> dict[str, Any]:
+    timeline = video.timeline
+    return {
+        "width": video.width,
+        "height": video.height,
+        "format": video.format,
+        "sha256": video.sha256,
+        "clip": None if video.clip is None else list(video.clip),
+        "time_base": list(timeline.time_base),
+        "start": timeline.start,
+        "steps": [list(run) for run in timeline.steps],
+        "last": timeline.last,
+        "keys": list(timeline.keys),
+    }
+
+
+def _video(raw: Any, data: bytes, name: Any, where: str, verify: bool) -> Video:
+    times = ("time_base", "start", "steps", "last", "keys")
+    fields = _fields(raw, name, where, ("width", "height", "format", "sha256", "clip", *times))
+    timeline = _timeline({time: fields[time] for time in times}, name, where)
+    clip = fields["clip"]
+    video = Video(
+        data, fields["width"], fields["height"], fields["format"], timeline, tuple(clip) if clip is not None else None
+    )
+    if verify and video.sha256 != fields["sha256"]:
+        _refuse(name, f"{where}.sha256", f"is {fields['sha256']}, but the file's bytes give {video.sha256}")
+    return video
+
+
+def _timeline(fields: dict[str, Any], name: Any, where: str) -> Timeline:
+    """The presentation times of a film, of whole numbers that make sense."""
+    steps = [_list(run, name, f"{where}.steps") for run in _list(fields["steps"], name, f"{where}.steps")]
+    lists = {
+        "time_base": _list(fields["time_base"], name, f"{where}.time_base"),
+        "steps": [value for run in steps for value in run],
+        "keys": _list(fields["keys"], name, f"{where}.keys"),
+    }
+    for part, values in {**lists, "start": [fields["start"]], "last": [fields["last"]]}.items():
+        lowest = {"start": -sys.maxsize, "last": 0, "keys": 0}.get(part, 1)
+        if not all(isinstance(value, int) and not isinstance(value, bool) and value >= lowest for value in values):
+            _refuse(name, f"{where}.{part}", f"is {fields[part]!r}; it must be whole numbers of at least {lowest}")
+    if len(lists["time_base"]) != 2 or any(len(run) != 2 for run in steps) or not lists["keys"]:
+        _refuse(name, where, "has a time_base or a run of steps that is no pair, or no keys")
+    numerator, denominator = lists["time_base"]
+    runs = tuple((step, count) for step, count in steps)
+    return Timeline((numerator, denominator), fields["start"], runs, fields["last"], tuple(lists["keys"]))
 
 
 def _conversation(raw: Any, name: Any, where: str) -> Conversation:

@@ -53,7 +53,7 @@ def conversations(reader: ShardReader, bad_rows: int) -> "pandas.DataFrame":
 
 def _facts(reader: ShardReader) -> Iterator[dict[str, Any]]:
     index, seen = reader.index, set[str]()
-    hashes = index["image_sha256"].to_pylist()
+    hashes = reader.files()
     splits = index["split"].to_pylist()
     step = max(1, math.ceil(len(reader) / SAMPLE))
     for row in range(0, len(reader), step):

@@ -400,9 +400,7 @@ def check_leaks(mixture: Mixture, readers: Mapping[str, ShardReader], allowed: I
     held_out = {(name, row) for name, reader in readers.items() for row in reader.rows("eval")}
 
     def images(rows: set[tuple[str, int]]) -> Iterable[tuple[str, str, list[str]]]:
-        columns = {
-            name: (r.index["id"].to_pylist(), r.index["image_sha256"].to_pylist()) for name, r in readers.items()
-        }
+        columns = {name: (r.index["id"].to_pylist(), r.files()) for name, r in readers.items()}
         return ((name, columns[name][0][row], columns[name][1][row]) for name, row in sorted(rows))
 
     leaks = image_leaks(images(trained), images(held_out))

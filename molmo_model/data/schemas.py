@@ -113,9 +113,11 @@ def _index() -> "pandera.pandas.DataFrameSchema":
             "styles": _lists(_names, "at least one style, none of them empty"),
             "n_conversations": _whole(1),
             "chars": _whole(0),
+            **{name: _lists(check, what, required=False) for name, (check, what) in _VIDEO_COLUMNS.items()},
         },
         checks=[
             _rows("one width, height and hash per image", _counts_images),
+            _rows("as many facts of each film", _counts_videos),
             _rows("one style per conversation", lambda frame: frame["styles"].map(len) == frame["n_conversations"]),
             _rows("text_size <= size", lambda frame: frame["text_size"] <= frame["size"]),
             _rows("ranges of whole tar blocks that do not overlap", _apart),
@@ -236,10 +238,11 @@ def _whole(least: int) -> Any:
     return pa.Column(None, [kind, pa.Check.ge(least)])
 
 
-def _lists(good: Callable[[Any], bool], words: str) -> Any:
+def _lists(good: Callable[[Any], bool], words: str, required: bool = True) -> Any:
     import pandera.pandas as pa
 
-    return pa.Column(None, pa.Check(lambda x: hasattr(x, "__len__") and good(x), element_wise=True, error=words))
+    check = pa.Check(lambda x: hasattr(x, "__len__") and good(x), element_wise=True, error=words)
+    return pa.Column(None, check, required=required)
 
 
 def _mapping() -> Any:
@@ -262,6 +265,25 @@ def _hashes(items: Any) -> bool:
     return all(len(item) == 64 and set(item) <= set("0123456789abcdef") for item in items)
 
 
+def _lengths(items: Any) -> bool:
+    return len(items) == 0 or min(items) >= 0
+
+
+def _clips(items: Any) -> bool:
+    return all(len(clip) == 0 or (len(clip) == 2 and 0 <= clip[0] < clip[1]) for clip in items)
+
+
+_VIDEO_COLUMNS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "video_widths": (_pixels, "sides of at least 1 pixel"),
+    "video_heights": (_pixels, "sides of at least 1 pixel"),
+    "video_frames": (_pixels, "at least 1 frame"),
+    "video_seconds": (_lengths, "at least 0 seconds"),
+    "video_clips": (_clips, "nothing, or a start of at least 0 and an end after it"),
+    "video_sha256": (_hashes, "SHA-256 in hexadecimal"),
+}
+"""Columns of the index where the dataset has films, all or none."""
+
+
 def _names(items: Any) -> bool:
     return len(items) > 0 and all(items)
 
@@ -278,6 +300,14 @@ def _counts_images(frame: "pandas.DataFrame") -> "pandas.Series":
     good = frame["widths"].map(len) == frame["n_images"]
     for column in ("heights", "image_sha256"):
         good &= frame[column].map(len) == frame["n_images"]
+    return good
+
+
+def _counts_videos(frame: "pandas.DataFrame") -> "pandas.Series":
+    present = [frame[name].map(len) for name in _VIDEO_COLUMNS if name in frame]
+    good = frame["id"].notna() & (len(present) in (0, len(_VIDEO_COLUMNS)))
+    for lengths in present:
+        good &= lengths == present[0]
     return good
 
 

@@ -1,9 +1,9 @@
 """Shards: a dataset as a few tar files and an index, read at random.
 
 A shard is a plain tar that `tar` and WebDataset read: `<key>.json` is the example without its pictures, `<key>.0.png`
-and so on are the original image files, untouched. All members of one example stand together, so one range read of
-`size` bytes at `offset` brings it, and `sha256` in `index.parquet` covers exactly that range. Headers have fixed times,
-owners and modes, and say nothing about the place, so an example has the same bytes and hash wherever it lies.
+and so on are the original image or film files, untouched. All members of one example stand together, so one range read
+of `size` bytes at `offset` brings it, and `sha256` in `index.parquet` covers exactly that range. Headers have fixed
+times, owners and modes, and say nothing about the place, so an example has the same bytes and hash wherever it lies.
 
 **Which shard.** Each split is a binary trie over the bits of SHA-256(id): it starts as one shard, and a shard of more
 than `shard_bytes` is split in two by the next bit; a leaf is a file, named by its path in the trie. So a changed
@@ -60,6 +60,17 @@ INDEX_SCHEMA = pa.schema(
     ]
 )
 
+VIDEO_FIELDS = (
+    pa.field("video_widths", pa.list_(pa.int32())),
+    pa.field("video_heights", pa.list_(pa.int32())),
+    pa.field("video_frames", pa.list_(pa.int32())),  # of the whole film
+    pa.field("video_seconds", pa.list_(pa.float64())),  # of the whole film
+    pa.field("video_clips", pa.list_(pa.list_(pa.float64()))),  # first and last second; empty is the whole film
+    pa.field("video_sha256", pa.list_(pa.string())),  # of the file, whatever part of it is meant
+)
+"""Columns that follow where the dataset has films: one element per film of the example, in order."""
+VIDEO_INDEX_SCHEMA = pa.schema([*INDEX_SCHEMA, *VIDEO_FIELDS])
+
 
 def write_shards(
     examples: Iterable[tuple[str, Example]], out: str | Path, shard_bytes: int, scratch: str | Path | None = None
@@ -94,7 +105,8 @@ def write_shards(
             mine = [row for row in rows if row["split"] == split]
             for path, leaf in _leaves(mine, shard_bytes):
                 _write_shard(out / f"shards-{split}-{path or 'all'}.tar", leaf, spool)
-    table = pa.Table.from_pylist([{name: row[name] for name in INDEX_SCHEMA.names} for row in rows], INDEX_SCHEMA)
+    schema = VIDEO_INDEX_SCHEMA if any(row["video_sha256"] for row in rows) else INDEX_SCHEMA
+    table = pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in rows], schema)
     pq.write_table(table, out / INDEX, compression="zstd")
     return table
 
@@ -134,7 +146,7 @@ class ShardReader:
             self.index: pa.Table = read_columns(self.path / INDEX)
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(f"{self.path / INDEX} cannot be read ({error}); run the shards stage") from error
-        if not self.index.schema.equals(INDEX_SCHEMA):
+        if self.index.schema not in (INDEX_SCHEMA, VIDEO_INDEX_SCHEMA):
             raise ArtifactError(
                 f"{self.path / INDEX} has columns {self.index.schema.names}, this code reads {INDEX_SCHEMA.names}; "
                 "run the shards stage again"
@@ -184,16 +196,23 @@ class ShardReader:
         if found != expected:
             place = self._place(shard, offset, row)
             raise DataError(f"{place}: SHA-256 {found}, the index says {expected}; restore the shard or run its stage")
-        text, *images = (content for _, content in _members(data))
-        return Example.from_json(json.loads(text), images, verify=False)
+        text, *files = (content for _, content in _members(data))
+        return Example.from_json(json.loads(text), files, verify=False)
 
     def facts(self, row: int) -> Example:
-        """The example of a row with one placeholder byte for each picture: its texts and sizes at a fraction of the
-        reading. Not verified by hash."""
+        """The example of a row with one placeholder byte for each picture and film: its texts, sizes and times at a
+        fraction of the reading. Not verified by hash."""
         shard, offset, _ = self._range(row)
         data = self._pread(shard, offset, self.index["text_size"][row].as_py(), row)
         raw = json.loads(next(_members(data))[1])
-        return Example.from_json(raw, [b"\0"] * len(raw["images"]), verify=False)
+        return Example.from_json(raw, [b"\0"] * (len(raw["images"]) + len(raw.get("videos", ()))), verify=False)
+
+    def files(self) -> list[list[str]]:
+        """Per row the SHA-256 of its pictures and films, in order."""
+        hashes = self.index["image_sha256"].to_pylist()
+        if "video_sha256" not in self.index.column_names:
+            return hashes
+        return [[*row, *films] for row, films in zip(hashes, self.index["video_sha256"].to_pylist(), strict=True)]
 
     def _range(self, row: int) -> tuple[str, int, int]:
         """Shard, offset and size of a row."""
@@ -247,8 +266,8 @@ def _spool(spool: BinaryIO, split: str, key: str, example: Example) -> dict[str,
     """Appends an example's members to the spool; returns its row of the index and where it lies there."""
     text = _member(f"{key}.json", canonical_json(example.to_json()).encode())
     range_ = bytearray(text)
-    for number, image in enumerate(example.images):
-        range_ += _member(f"{key}.{number}.{_extension(image.format)}", image.data)
+    for number, file in enumerate(example.files):
+        range_ += _member(f"{key}.{number}.{_extension(file.format)}", file.data)
     start = spool.tell()
     spool.write(range_)
     texts = [m for c in example.conversations for m in c.messages]
@@ -262,6 +281,12 @@ def _spool(spool: BinaryIO, split: str, key: str, example: Example) -> dict[str,
         "widths": [image.width for image in example.images],
         "heights": [image.height for image in example.images],
         "image_sha256": [image.sha256 for image in example.images],
+        "video_widths": [video.width for video in example.videos],
+        "video_heights": [video.height for video in example.videos],
+        "video_frames": [video.frames for video in example.videos],
+        "video_seconds": [video.duration for video in example.videos],
+        "video_clips": [list(video.clip or ()) for video in example.videos],
+        "video_sha256": [video.sha256 for video in example.videos],
         "styles": [conversation.style for conversation in example.conversations],
         "n_conversations": len(example.conversations),
         "chars": sum(len(message.text or "") + len(message.label or "") for message in texts),

@@ -8,8 +8,7 @@ from typing import Any
 
 from molmo_model.data.example import Image
 from molmo_model.errors import EvaluationError
-from molmo_model.eval import pointing
-from molmo_model.preprocessing.points import extract_points
+from molmo_model.preprocessing.points import extract_points, parse_exact
 
 EMBED_BYTES = 24_000
 """Pictures up to this size are embedded as they are; larger ones as a reduced copy."""
@@ -149,7 +148,7 @@ def marked(text: str, reference: str) -> list[tuple[str, bool]]:
 
 def written(answer: str) -> str:
     """An answer that is one tag of points as `(17.7, 16.7) (50.0, 20.0)`; any other as it is, broken tags too."""
-    points = pointing.parse(answer)
+    points = parse_exact(answer)
     return " ".join(f"({x:.1f}, {y:.1f})" for x, y in points) if points else answer
 
 

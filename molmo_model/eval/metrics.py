@@ -5,7 +5,6 @@
 counted; nothing is guessed. No torch and no numpy: a task is scored in a fraction of a second.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any
 
 from molmo_model.errors import EvaluationError
 from molmo_model.eval import pointing, vqa
-from molmo_model.preprocessing.points import NO_POINTS, points_to_text
+from molmo_model.preprocessing.points import NO_POINTS, parse_exact, points_to_text
+from molmo_model.preprocessing.structured import parse_count
 
 References = Mapping[str, Any]
 
@@ -196,10 +196,6 @@ def _most_frequent_grid(references: Sequence[References]) -> str:
 
 # --- counting
 
-_TOTAL = re.compile(r"a total of (\d+)")
-_TAG = re.compile(r"<[^<>]*>")
-_NONE = re.compile(r"\bnone\b")
-
 
 def count(prediction: str, references: References) -> Score:
     """The number said: exactly right, within one, and whether a number was said at all."""
@@ -210,20 +206,6 @@ def count(prediction: str, references: References) -> Score:
         "valid": float(said is not None),
     }
     return Score(values, parsed=said is not None)
-
-
-def parse_count(text: str) -> int | None:
-    """The number an answer gives: its last word as digits or a number word, else `a total of N`, else 0 for `none`."""
-    text = _TAG.sub(" ", text).lower()
-    words = text.split()
-    last = words[-1].rstrip(".!") if words else ""
-    if last.isascii() and last.isdigit():
-        return int(last)
-    if last in vqa.NUMBER_WORDS:
-        return int(vqa.NUMBER_WORDS[last])
-    if total := _TOTAL.search(text):
-        return int(total.group(1))
-    return 0 if _NONE.search(text) else None
 
 
 def _reference_count(references: References) -> int:
@@ -244,7 +226,7 @@ def _most_frequent_count(references: Sequence[References]) -> str:
 
 def point_f1(prediction: str, references: References) -> Score:
     """Precision, recall and F1 of points inside their targets' regions; see `eval.pointing`."""
-    predicted = pointing.parse(prediction)
+    predicted = parse_exact(prediction)
     if predicted is None:
         return Score({"f1": 0.0, "precision": 0.0, "recall": 0.0, "valid": 0.0}, parsed=False)
     precision, recall, f1 = pointing.score(predicted, references)

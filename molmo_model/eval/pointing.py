@@ -7,33 +7,13 @@ scores 0. One thing is corrected: that code compares pixels with percent in the 
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from molmo_model.preprocessing.points import NO_POINTS, Point, extract_points
+from molmo_model.preprocessing.points import Point
 
 FALLBACK_RADIUS = 5.0
 """Percent of the longer side around a target point that counts as hit, where the data give neither box nor radius."""
-
-_NUMBER = r"\s*\d+(?:\.\d+)?"
-_TAGS = (
-    rf'<point\s+x="{_NUMBER}"\s+y="{_NUMBER}"\s+alt="[^"]*">[^<]*</point>',
-    rf'<points\s+(?:x\d+="{_NUMBER}"\s+y\d+="{_NUMBER}"\s+)+alt="[^"]*">[^<]*</points>',
-)
-_WELL_FORMED = re.compile(rf"(?:Counting the )?(?:{'|'.join(_TAGS)})(?: shows a total of \d+\.)?")
-
-
-def parse(prediction: str) -> list[Point] | None:
-    """The points of an answer in percent, or None when the whole answer is not one tag of points inside the image."""
-    text = prediction.strip()
-    if text == NO_POINTS:
-        return []
-    if _WELL_FORMED.fullmatch(text) is None:
-        return None
-    points = extract_points(text)
-    written = len(re.findall(r'\sx\d*="', re.sub(r'alt="[^"]*"', "", text)))
-    return points if len(points) == written else None  # a coordinate above 100 was left out
 
 
 def score(predicted: Sequence[Point], references: Mapping[str, Any]) -> tuple[float, float, float]:

@@ -27,9 +27,10 @@ class Item:
     row: int
     """The example's row in the dataset's index."""
     example: Example
-    """The example without the bytes of its pictures (one placeholder byte each); `ShardReader.read` brings them."""
+    """The example without the bytes of its pictures and films (one placeholder byte each); `ShardReader.read` brings
+    them."""
     images: tuple[str, ...]
-    """SHA-256 of the pictures' files, in order."""
+    """SHA-256 of the pictures' files, or of the films and the parts of them that are meant, in order."""
     conversation: int
     """Number of the conversation within its example."""
 
@@ -84,8 +85,12 @@ def references(item: Item) -> dict[str, Any]:
 def _of_rows(task: TaskConfig, reader: ShardReader, rows: list[int]) -> Iterator[Item]:
     for row in rows:
         example = reader.read(row)  # all bytes are verified here, though the pictures are let go
-        images = tuple(image.sha256 for image in example.images)
-        light = replace(example, images=tuple(replace(image, data=b"\0") for image in example.images))
+        images = (*(image.sha256 for image in example.images), *(video.identity for video in example.videos))
+        light = replace(
+            example,
+            images=tuple(replace(image, data=b"\0") for image in example.images),
+            videos=tuple(replace(video, data=b"\0") for video in example.videos),
+        )
         for number, conversation in enumerate(example.conversations):
             if not task.styles or conversation.style in task.styles:
                 yield Item(row, light, images, number)

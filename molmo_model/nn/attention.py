@@ -25,6 +25,10 @@ from transformers.masking_utils import sdpa_mask
 IMPLEMENTATION = "molmo"
 """Name of this attention in transformers' `attn_implementation`."""
 
+GPU_KERNEL: Any = {"BACKEND": "TRITON"}
+"""The block-sparse kernel for every length. For queries of fewer than 128 tokens torch picks one for decoding by
+itself, and torch 2.11 finds no configuration of it and fails."""
+
 MaskRule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`rule(b, h, q, k)`: may query q of row b see key k; index tensors in, booleans of their broadcast shape out."""
 
@@ -175,18 +179,28 @@ def molmo_attention(
     Args:
         query: [B, H, S, D]; keys and values may have fewer heads.
         attention_mask: BlockMask, PackedMask, or booleans [B, 1, S, S], or None for plain causal attention.
-        value_gate: [B, S] multiplies the values; how a token selector passes gradients through the language model.
+        value_gate: [B, S] multiplies the values; how a token selector passes gradients through the language model. Of
+            the prompt alone where values of later tokens are in a cache; those count in full.
 
     Returns:
         [B, S, H, D], and None for the attention weights, which are never formed.
     """
     if value_gate is not None:
+        value_gate = F.pad(value_gate, (0, value.shape[2] - value_gate.shape[1]), value=1.0)
         value = value * value_gate[:, None, :, None].to(value.dtype)
     if isinstance(attention_mask, BlockMask):
         eager = torch.compiler.is_compiling() or query.device.type == "cpu"  # compiled with its layer, or not at all
         attend: Any = flex_attention if eager else _compiled_flex()
         grouped = query.shape[1] != key.shape[1]
-        out = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=grouped)
+        out = attend(
+            query,
+            key,
+            value,
+            block_mask=attention_mask,
+            scale=scaling,
+            enable_gqa=grouped,
+            kernel_options=GPU_KERNEL if query.device.type == "cuda" else None,
+        )
         return out.transpose(1, 2).contiguous(), None
     kwargs.pop("sliding_window", None)  # the window is part of the mask
     if isinstance(attention_mask, PackedMask):

@@ -4,24 +4,29 @@ Pixels stay uint8 from the file to the model; mean and standard deviation are ap
 
 What differs from the reference implementation of Molmo, and why:
 
-- Resizing works on uint8 (bilinear) and rounds once; the reference letterboxes in float32. At most one level of 255.
-- Letterbox bars are 0 *before* normalisation, as in the reference; a mask of them is not made.
+- Resizing works on uint8 (bilinear) and rounds once; the reference letterboxes in float32. At most one level of 255,
+  and none at all with `exact`. Why OpenCV does it, and the decoding of JPEG: docs/adr/0009.
+- Letterbox bars are 0 *before* normalisation, as in the reference; `crops.patch_masks` says where they lie.
 - Transparent pictures are shown on white. The reference drops the alpha channel, which reveals whatever colour the
   invisible pixels happen to hold: black text on a transparent ground becomes black on black.
 - 16-bit pictures keep their high byte. Broken or truncated files are errors; the reference fills the rest with grey.
 """
 
 import io
+import struct
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import TiffImagePlugin as _tiff  # noqa: F401  decoders that PIL knows by name only once they are loaded
 from PIL import WebPImagePlugin as _webp  # noqa: F401
 
 from molmo_model.config import lookup
 from molmo_model.errors import DataError
+from molmo_model.preprocessing.tiling import letterbox_box
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -70,15 +75,58 @@ def decode_image(data: bytes, *, name: str = "image", max_pixels: int = MAX_PIXE
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(f"{name}: {width} x {height} pixels are more than {max_pixels}; make it smaller")
+            if image.format == "JPEG" and (pixels := _decode_jpeg(data, image)) is not None:
+                return pixels
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(_to_rgb(upright))
+            if _orientation(image) != UPRIGHT:
+                ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(_to_rgb(image))
     except DataError:
         raise
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: more than {max_pixels} pixels; make it smaller ({error})") from error
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: cannot be decoded ({len(data)} bytes): is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, ... on broken files
         raise DataError(f"{name}: cannot be decoded ({len(data)} bytes): {error}") from error
+
+
+UPRIGHT = 1
+"""EXIF's orientation of a picture that is stored as it is shown."""
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's number of how a picture is stored; upright where EXIF says nothing that can be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
+    except (SyntaxError, ValueError, TypeError, OSError, struct.error):  # the picture itself may be whole
+        return UPRIGHT
+
+
+@cache
+def _opencv() -> Any:
+    """OpenCV, once it is needed, on one thread: images are shared out over worker processes, and its threads would not
+    outlive a fork."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
+
+
+def _decode_jpeg(data: bytes, opened: Image.Image) -> Pixels | None:
+    """A common JPEG, whose header PIL has read, as OpenCV decodes it: the pixels are PIL's, in less time.
+
+    None where it is no grey or colour picture that stands upright, or OpenCV gives up: PIL then decides what it is.
+    """
+    if opened.mode not in {"RGB", "L"} or _orientation(opened) != UPRIGHT:
+        return None
+    cv2 = _opencv()
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:
+        return None
+    width, height = opened.size
+    return pixels if pixels is not None and pixels.shape == (height, width, 3) else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -102,50 +150,67 @@ def _to_eight_bits(values: npt.NDArray[np.generic]) -> Pixels:
     return (values.astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
 
 
-def resize(image: Pixels, height: int, width: int, method: str) -> Pixels:
+def resize(
+    image: Pixels, height: int, width: int, method: str, *, exact: bool = False, out: Pixels | None = None
+) -> Pixels:
     """`image` [H, W, 3] as [height, width, 3] by one of `RESIZE_METHODS`.
+
+    Args:
+        exact: in float32 and rounded once, as transformers' processors do it, and several times slower; otherwise
+            within one level of that.
+        out: where to write it, [height, width, 3] in one piece; None makes a new array.
 
     Raises:
         ConfigError: unknown method.
     """
     how: Resize = lookup(RESIZE_METHODS, method, "resize method")
-    if not how.letterbox:
-        return _interpolate(image, height, width, how)
-    inner_height, inner_width = letterbox_size(image.shape[0], image.shape[1], height, width)
-    inner = _interpolate(image, inner_height, inner_width, how)
-    if (inner_height, inner_width) == (height, width):
-        return inner
-    framed = np.zeros((height, width, 3), dtype=np.uint8)
-    top, left = (height - inner_height) // 2, (width - inner_width) // 2
-    framed[top : top + inner_height, left : left + inner_width] = inner
-    return framed
+    if out is None:
+        out = np.empty((height, width, 3), dtype=np.uint8)
+    inside = out
+    if how.letterbox:
+        box = letterbox_box(image.shape[0], image.shape[1], height, width)
+        inside = out[box.top : box.top + box.height, box.left : box.left + box.width]
+        if inside.shape != out.shape:
+            out[...] = 0
+    _interpolate(image, inside, how, exact)
+    return out
 
 
-def letterbox_size(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int]:
-    """Height and width of the picture inside the frame `to_height x to_width`.
+def _interpolate(image: Pixels, out: Pixels, how: Resize, exact: bool) -> None:
+    """Resizes [H, W, 3] to the size of `out`, on uint8 where that agrees with float32 within one level: bilinear.
 
-    The scale is a float32 and the product is cut off, as the published models were trained; at least one pixel.
+    OpenCV has no bilinear filter that widens when it shrinks, so that is torch's. torch's bicubic on uint8 clips
+    between its two passes and is up to 33 levels off, so it goes through float32; so do pictures that become one pixel
+    wide, which its widened filter gets wrong on uint8 (up to 195 levels, seen in torch 2.13).
     """
-    scale = min(np.float32(to_height) / np.float32(height), np.float32(to_width) / np.float32(width))
-    inner_height, inner_width = int(np.float32(height) * scale), int(np.float32(width) * scale)
-    return max(1, min(inner_height, to_height)), max(1, min(inner_width, to_width))
+    height, width = out.shape[:2]
+    shrinks = height < image.shape[0] or width < image.shape[1]
+    if out.shape == image.shape:
+        out[...] = image
+    elif exact or how.bicubic:
+        out[...] = _interpolate_torch(image, height, width, how, in_float=True)
+    elif how.antialias and shrinks:
+        out[...] = _interpolate_torch(image, height, width, how, in_float=width == 1)
+    else:
+        cv2 = _opencv()
+        source = np.ascontiguousarray(image)
+        if out.flags.c_contiguous:
+            cv2.resize(source, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+        else:
+            out[...] = cv2.resize(source, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
-def _interpolate(image: Pixels, height: int, width: int, how: Resize) -> Pixels:
-    """Resizes [H, W, 3] on uint8 where that agrees with float32 within one level: in bilinear mode.
-
-    torch's bicubic on uint8 clips between its two passes and is up to 33 levels off, so it goes through float32.
-    """
-    if image.shape[:2] == (height, width):
-        return image
+def _interpolate_torch(image: Pixels, height: int, width: int, how: Resize, *, in_float: bool) -> Pixels:
+    """The same with torch, in float32 or on uint8."""
     import torch
     from torch.nn.functional import interpolate
 
-    source = image if image.flags.writeable else image.copy()  # torch warns about read-only memory
+    whole = image.flags.writeable and image.flags.c_contiguous
+    source = image if whole else image.copy()  # torch warns about read-only memory and refuses negative strides
     planes = torch.from_numpy(source).permute(2, 0, 1).unsqueeze(0)  # a channels_last view, the fast layout
-    if how.bicubic:
-        resized = interpolate(planes.float(), (height, width), mode="bicubic", antialias=how.antialias)
-        resized = resized.round().clamp(0, 255).to(torch.uint8)
-    else:
-        resized = interpolate(planes, (height, width), mode="bilinear", antialias=how.antialias)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    mode = "bicubic" if how.bicubic else "bilinear"
+    resized = interpolate(planes.float() if in_float else planes, (height, width), mode=mode, antialias=how.antialias)
+    if in_float:
+        resized = resized.round_().clamp_(0, 255).to(torch.uint8)
+    pixels: Pixels = resized[0].permute(1, 2, 0).numpy()
+    return pixels

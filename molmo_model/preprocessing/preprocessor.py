@@ -22,13 +22,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from molmo_model.data.example import Conversation, Example
+from molmo_model.data.example import Conversation, Example, Video
 from molmo_model.errors import CheckpointError, ConfigError, DataError
 from molmo_model.preprocessing import prompts
-from molmo_model.preprocessing.image import Pixels, decode_image, resize
+from molmo_model.preprocessing.crops import FloatArray, fill_crops, patch_masks
+from molmo_model.preprocessing.films import FrameScorer, decode_film, film_masks, plan_film
+from molmo_model.preprocessing.image import Pixels, decode_image
 from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, LossWeighting, PreprocessorConfig
-from molmo_model.preprocessing.tiling import Layout, cut_crops, layout
+from molmo_model.preprocessing.selection import ImageSlots, image_slots, slot_tokens
+from molmo_model.preprocessing.tiling import Layout, layout
 from molmo_model.preprocessing.tokenizer import Vocabulary, load_tokenizer
+from molmo_model.preprocessing.video import Film, possible_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,13 +60,24 @@ class Encoded:
     segment_ids: IntArray
     """[S] `PREFIX_SEGMENT` in the shared prefix, k in branch k."""
     image_ids: IntArray
-    """[S] k >= 1 on every token of the k-th image, start, end and column tokens included; 0 on text."""
+    """[S] k >= 1 on every token of the k-th image, start, end and column tokens included; 0 on text. A frame of a film
+    is an image."""
     pixels: Pixels
     """[C, H, W, 3]"""
     pooling: IntArray
-    """[T, W] flat patch number into C * patches per crop; -1 outside the image."""
+    """[windows, W] flat patch number into C * patches per crop; -1 outside the image. Each window becomes
+    `tokens_per_window` of the T tokens."""
     image_token_counts: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """[images] how many of the T image tokens belong to each image."""
+    """[images] how many of the T image tokens belong to each image. With `config.selector_tokens` those are all that
+    could be selected, and there are fewer `<im_patch>`."""
+    patch_masks: FloatArray | None = None
+    """[C, N] share of each patch that is picture; only with `config.patch_masks`."""
+    slots: tuple[ImageSlots, ...] = ()
+    """Where the selected tokens of each image stand; only with `config.selector_tokens`."""
+    crop_frames: IntArray | None = None
+    """[C] of a film's frames: the number within its clip, from 0; None where the crops are those of images."""
+    crop_videos: IntArray | None = None
+    """[C] of a film's frames: the number of the clip within the example, from 0."""
     id: str = ""
     """The example's id, for errors and records."""
     prompt_text: str = ""
@@ -89,6 +104,21 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class _Prefix:
+    """The shared beginning of a sequence, P tokens."""
+
+    input_ids: IntArray
+    image_ids: IntArray
+    position_ids: IntArray
+    slots: tuple[ImageSlots, ...] = ()
+
+    @property
+    def end(self) -> int:
+        """The first position behind it."""
+        return int(self.position_ids[-1]) + 1
+
+
+@dataclass(frozen=True)
 class _Branch:
     """A conversation as tokens, before it has a place in a sequence."""
 
@@ -100,10 +130,17 @@ class _Branch:
 class Preprocessor:
     """Examples to arrays by one config and one tokenizer. Holds no state that an example changes, apart from caches."""
 
-    def __init__(self, config: PreprocessorConfig, tokenizer: "PreTrainedTokenizerFast") -> None:
+    def __init__(
+        self,
+        config: PreprocessorConfig,
+        tokenizer: "PreTrainedTokenizerFast",
+        frame_scorer: FrameScorer | None = None,
+    ) -> None:
         self.config = config
+        self.frame_scorer = frame_scorer
+        """Chooses the high-resolution frames of films, with `config.video.select_frames_by_query`."""
         self.tokenizer = tokenizer
-        self.vocabulary = Vocabulary(tokenizer)
+        self.vocabulary = Vocabulary(tokenizer, prompts.end_of_answer(config.message_format))
         self._tiling = config.tiling
         if self.vocabulary.size > config.vocab_size:
             raise ConfigError(
@@ -162,25 +199,67 @@ class Preprocessor:
             DataError: naming the example, if the images alone or with the shortest conversation are too long, an
                 image cannot be decoded, or a message cannot be written.
         """
-        layouts = self._layouts(example.id, [(image.width, image.height) for image in example.images])
-        prefix_ids, image_ids = self._prefix(layouts)
-        branches = self._branches(example.id, self._chosen(example, conversations), rng, len(prefix_ids), max_tokens)
-        pixels, pooling = self._pixels(example, layouts)
-        prefix, lengths = len(prefix_ids), [len(branch.input_ids) for branch in branches]
-        input_ids = np.concatenate([prefix_ids, *(branch.input_ids for branch in branches)])
+        sizes = [(image.width, image.height) for image in example.images]
+        film = plan_film(self.config, example.id, example.videos, rng)
+        layouts = self._layouts(example.id, sizes) if film is None else list(film.layouts)
+        keep = self._keep(rng)
+        chosen = self._chosen(example, conversations)
+        branches = self._branches(example.id, chosen, rng, self._prefix_length(layouts, keep, film), max_tokens)
+        if self.config.question_first:
+            return self._question_first(example, layouts, branches, keep)
+        film = decode_film(self.config, example, film, chosen, self.frame_scorer)
+        layouts = layouts if film is None else list(film.layouts)
+        first = self._prefix(layouts, sizes, keep, film=film)
+        pixels, pooling = self._pixels(example, layouts, film)
+        prefix, lengths = len(first.input_ids), [len(branch.input_ids) for branch in branches]
+        input_ids = np.concatenate([first.input_ids, *(branch.input_ids for branch in branches)])
         labels = np.concatenate([np.full(prefix, IGNORE), *(branch.labels for branch in branches)])
-        starts = np.cumsum([prefix, *lengths])[:-1]  # of the branches; the place at which each has position `prefix`
         weights = np.repeat([0.0, *self._weights(branches)], [prefix, *lengths])
         return Encoded(
             input_ids=input_ids,
             labels=labels,
             loss_weights=np.where(labels == IGNORE, 0.0, weights).astype(np.float32),
-            position_ids=np.arange(len(input_ids)) - np.repeat([0, *(starts - prefix)], [prefix, *lengths]),
+            position_ids=np.concatenate([first.position_ids, *(first.end + np.arange(length) for length in lengths)]),
             segment_ids=np.repeat([PREFIX_SEGMENT, *range(len(branches))], [prefix, *lengths]),
-            image_ids=np.concatenate([image_ids, np.zeros(sum(lengths), dtype=np.int64)]),
+            image_ids=np.concatenate([first.image_ids, np.zeros(sum(lengths), dtype=np.int64)]),
             pixels=pixels,
             pooling=pooling,
-            image_token_counts=_token_counts(layouts),
+            image_token_counts=_token_counts(layouts, self.config),
+            patch_masks=self._patch_masks(example, layouts, film),
+            slots=first.slots,
+            crop_frames=None if film is None else film.crop_frames,
+            crop_videos=None if film is None else film.crop_videos,
+            id=example.id,
+        )
+
+    def _question_first(
+        self, example: Example, layouts: list[Layout], branches: Sequence[_Branch], keep: int | None
+    ) -> Encoded:
+        """One conversation whose first question stands in the prefix, in front of the images."""
+        if len(branches) != 1:
+            raise DataError(
+                f"example {example.id}: the question stands before the images, so a sequence has one conversation, "
+                f"not {len(branches)}; set max_conversations: 1 in the mixture entry"
+            )
+        (branch,) = branches
+        asked = int(np.argmax(branch.labels != IGNORE)) + 1  # tokens of the first question; the last predicts
+        sizes = [(image.width, image.height) for image in example.images]
+        first = self._prefix(layouts, sizes, keep, branch.input_ids[:asked])
+        pixels, pooling = self._pixels(example, layouts)
+        prefix, rest = len(first.input_ids), len(branch.input_ids) - asked
+        labels = np.concatenate([np.full(prefix - 1, IGNORE), branch.labels[asked - 1 :]])
+        return Encoded(
+            input_ids=np.concatenate([first.input_ids, branch.input_ids[asked:]]),
+            labels=labels,
+            loss_weights=np.where(labels == IGNORE, 0.0, self._weights(branches)[0]).astype(np.float32),
+            position_ids=np.concatenate([first.position_ids, first.end + np.arange(rest)]),
+            segment_ids=np.repeat([PREFIX_SEGMENT, 0], [prefix, rest]),
+            image_ids=np.concatenate([first.image_ids, np.zeros(rest, dtype=np.int64)]),
+            pixels=pixels,
+            pooling=pooling,
+            image_token_counts=_token_counts(layouts, self.config),
+            patch_masks=self._patch_masks(example, layouts),
+            slots=first.slots,
             id=example.id,
         )
 
@@ -193,29 +272,37 @@ class Preprocessor:
         Raises:
             DataError: as `encode`, or the prompt has more than `max_tokens` tokens.
         """
-        layouts = self._layouts(example.id, [(image.width, image.height) for image in example.images])
-        prefix_ids, image_ids = self._prefix(layouts)
+        sizes = [(image.width, image.height) for image in example.images]
         (chosen,) = self._chosen(example, [conversation])
+        film = plan_film(self.config, example.id, example.videos, None)
+        film = decode_film(self.config, example, film, [chosen], self.frame_scorer)
+        layouts = self._layouts(example.id, sizes) if film is None else list(film.layouts)
         texts = prompts.draw(self._texts(example.id, chosen), None)
         answered = self._branch(texts, chosen.weight).input_ids
         question = answered[: len(answered) - len(self.vocabulary.encode(texts[-1]))]
-        input_ids = np.concatenate([prefix_ids, question])
+        asked = len(self.vocabulary.encode(texts[0])) if self.config.question_first else 0
+        first = self._prefix(layouts, sizes, self._keep(None), question[:asked], film)
+        input_ids = np.concatenate([first.input_ids, question[asked:]])
         if max_tokens is not None and len(input_ids) > max_tokens:
             raise DataError(
                 f"example {example.id}#{conversation}: the prompt has {len(input_ids)} tokens, more than {max_tokens}"
             )
-        pixels, pooling = self._pixels(example, layouts)
-        length, prefix = len(input_ids), len(prefix_ids)
+        pixels, pooling = self._pixels(example, layouts, film)
+        length, prefix = len(input_ids), len(first.input_ids)
         return Encoded(
             input_ids=input_ids,
             labels=np.full(length, IGNORE),
             loss_weights=np.zeros(length, dtype=np.float32),
-            position_ids=np.arange(length),
+            position_ids=np.concatenate([first.position_ids, first.end + np.arange(length - prefix)]),
             segment_ids=np.concatenate([np.full(prefix, PREFIX_SEGMENT), np.zeros(length - prefix, dtype=np.int64)]),
-            image_ids=np.concatenate([image_ids, np.zeros(length - prefix, dtype=np.int64)]),
+            image_ids=np.concatenate([first.image_ids, np.zeros(length - prefix, dtype=np.int64)]),
             pixels=pixels,
             pooling=pooling,
-            image_token_counts=_token_counts(layouts),
+            image_token_counts=_token_counts(layouts, self.config),
+            patch_masks=self._patch_masks(example, layouts, film),
+            slots=first.slots,
+            crop_frames=None if film is None else film.crop_frames,
+            crop_videos=None if film is None else film.crop_videos,
             id=example.id,
             prompt_text="".join(texts[:-1]),
         )
@@ -227,6 +314,7 @@ class Preprocessor:
         rng: np.random.Generator | None = None,
         max_tokens: int | None = None,
         id: str = "example",
+        videos: Sequence[Video] = (),
     ) -> tuple[int, int]:
         """(tokens, crops) of what `encode` would return, without looking at a pixel.
 
@@ -235,17 +323,23 @@ class Preprocessor:
             conversations: those that would be encoded.
             rng, max_tokens: as for `encode`; the generator must be in the same state. `cost_parts` bounds every draw.
             id: what to call the example in errors.
+            videos: the example's films; their bytes are not looked at.
 
         Raises:
             DataError: as `encode`.
         """
-        layouts = self._layouts(id, sizes)
-        prefix = self._prefix_length(layouts)
+        film = plan_film(self.config, id, videos, rng)
+        layouts = self._layouts(id, sizes) if film is None else list(film.layouts)
+        prefix = self._prefix_length(layouts, self._keep(rng), film)
         branches = self._branches(id, conversations, rng, prefix, max_tokens)
         return prefix + sum(len(branch.input_ids) for branch in branches), sum(one.crops for one in layouts)
 
     def cost_parts(
-        self, sizes: Sequence[tuple[int, int]], conversations: Sequence[Conversation], id: str = "example"
+        self,
+        sizes: Sequence[tuple[int, int]],
+        conversations: Sequence[Conversation],
+        id: str = "example",
+        videos: Sequence[Video] = (),
     ) -> Cost:
         """The cost by parts, with the longest prompt wherever one is drawn: what packs can be planned from.
 
@@ -255,12 +349,14 @@ class Preprocessor:
         Raises:
             DataError: as `encode`.
         """
-        layouts = self._layouts(id, sizes)
+        film = plan_film(self.config, id, videos, None)
+        layouts = self._layouts(id, sizes) if film is None else list(film.layouts)
         branches = tuple(
             sum(max(len(self.vocabulary.encode(text)) for text in texts) for texts in messages) + len(messages) // 2 - 1
             for messages in (self._texts(id, conversation) for conversation in conversations)
         )
-        return Cost(self._prefix_length(layouts), branches, sum(one.crops for one in layouts))
+        prefix = self._longest_prefix(layouts) if film is None else self._longest_film(film, videos)
+        return Cost(prefix, branches, sum(one.crops for one in layouts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids: without special and image tokens and without blanks around it."""
@@ -280,24 +376,81 @@ class Preprocessor:
             raise DataError(f"example {name}: has {len(sizes)} images, more than max_images {self.config.max_images}")
         return [layout(height, width, self._tiling) for width, height in sizes]
 
-    def _prefix(self, layouts: Sequence[Layout]) -> tuple[IntArray, IntArray]:
-        """Ids and image numbers [P] of the shared prefix: begin of text, and every image, announced if several."""
-        ids, images = [np.array([self.vocabulary.bos_id])], [np.zeros(1, dtype=np.int64)]
-        for number, one in enumerate(layouts, start=1):
-            if len(layouts) > 1:
-                ids.append(self.vocabulary.encode(prompts.image_prefix(number)))
-                images.append(np.zeros(len(ids[-1]), dtype=np.int64))
-            ids.append(one.tokens + self.config.vocab_size)
-            images.append(np.full(len(one.tokens), number))
-        return np.concatenate(ids), np.concatenate(images)
+    def _keep(self, rng: np.random.Generator | None) -> int | None:
+        """High-resolution tokens to keep of every image; None without a selector. Drawn where the params say so."""
+        config = self.config
+        if not config.selector_tokens:
+            return None
+        if rng is None or not config.selector_min_tokens:
+            return config.selector_tokens
+        return int(rng.integers(config.selector_min_tokens, config.selector_tokens + 1))
 
-    def _prefix_length(self, layouts: Sequence[Layout]) -> int:
-        return len(self._prefix(layouts)[0])
+    def _prefix(
+        self,
+        layouts: Sequence[Layout],
+        sizes: Sequence[tuple[int, int]] | None,
+        keep: int | None = None,
+        question: IntArray | None = None,
+        film: Film | None = None,
+    ) -> _Prefix:
+        """The shared prefix: begin of text, a question that comes first, and every image, announced if several.
+
+        Args:
+            sizes: width and height of every image; None leaves the slots out.
+            keep: see `_keep`.
+            film: whose frames the images are; brings the text in front of each.
+        """
+        ids = [np.array([self.vocabulary.bos_id]), np.zeros(0, dtype=np.int64) if question is None else question]
+        images = [np.zeros(1 + len(ids[-1]), dtype=np.int64)]
+        positions, slots = [np.arange(len(images[0]))], []
+        for number, one in enumerate(layouts, start=1):
+            if film is None:
+                announced = self._announcement(number, len(layouts), keep)
+            else:
+                announced = self._encoded(film.texts[number - 1])
+            tokens, places = one.tokens, np.arange(len(one.tokens))
+            if keep is not None:
+                tokens, places = slot_tokens(one, self._tiling, keep)
+            begin, end = sum(map(len, ids)) + len(announced), int(positions[-1][-1]) + 1 + len(announced)
+            if keep is not None and sizes is not None:
+                width, height = sizes[number - 1]
+                slots.append(image_slots(one, self._tiling, keep, (height, width), begin, end))
+            ids += [announced, tokens + self.config.vocab_size]
+            images += [np.zeros(len(announced), dtype=np.int64), np.full(len(tokens), number)]
+            positions += [end - len(announced) + np.arange(len(announced)), end + places]
+        return _Prefix(np.concatenate(ids), np.concatenate(images), np.concatenate(positions), tuple(slots))
+
+    def _announcement(self, number: int, count: int, keep: int | None) -> IntArray:
+        """The text in front of image `number` of `count`."""
+        text = prompts.image_prefix(number) if count > 1 else ""
+        if keep is not None and self.config.indicate_tokens:
+            text = f"{text} K={keep}".lstrip()
+        return self._encoded(text)
+
+    def _encoded(self, text: str) -> IntArray:
+        return self.vocabulary.encode(text) if text else np.zeros(0, dtype=np.int64)
+
+    def _prefix_length(self, layouts: Sequence[Layout], keep: int | None = None, film: Film | None = None) -> int:
+        """Tokens of the prefix, without a question that comes first."""
+        return len(self._prefix(layouts, None, keep, film=film).input_ids)
+
+    def _longest_prefix(self, layouts: Sequence[Layout]) -> int:
+        """The same with as many selected tokens as are ever drawn, and their longest announcement."""
+        config, keep = self.config, self._keep(None)
+        length = self._prefix_length(layouts, keep)
+        if keep is None or not (config.indicate_tokens and config.selector_min_tokens and layouts):
+            return length
+        several = len(layouts) > 1
+        drawn = range(config.selector_min_tokens, keep + 1)
+        longest = [max(len(self._announcement(n, 1 + several, k)) for k in drawn) for n in range(1, len(layouts) + 1)]
+        said = [len(self._announcement(n, 1 + several, keep)) for n in range(1, len(layouts) + 1)]
+        return length + sum(longest) - sum(said)
 
     def _texts(self, name: str, conversation: Conversation) -> list[tuple[str, ...]]:
         """Every text that every message may get."""
         try:
-            return prompts.choices(conversation, self.config.system_prompt, self.config.message_format)
+            config = self.config
+            return prompts.choices(conversation, config.system_prompt, config.message_format, config.point_format)
         except DataError as error:
             raise DataError(f"example {name}: {error}") from error
 
@@ -346,9 +499,27 @@ class Preprocessor:
             targets += [tokens, end] if turn % 2 else [np.full(len(tokens), IGNORE)]
         return _Branch(np.concatenate(ids)[:-1], np.concatenate(targets)[1:], weight)
 
-    def _pixels(self, example: Example, layouts: Sequence[Layout]) -> tuple[Pixels, IntArray]:
-        """Crops [C, H, W, 3] and pooling windows [T, W] of all images of an example."""
+    def _longest_film(self, film: Film, videos: Sequence[Video]) -> int:
+        """Tokens of a prefix with films, with the longest texts that may be drawn."""
+        length = self._prefix_length(film.layouts, None, film)
+        if not self.config.video.random_sampling:
+            return length
+        drawn = [texts for video in videos for texts in possible_texts(video, self.config.video)]
+        written = [text for clip in film.clips for text in clip.texts]
+        for said, own, texts in zip(film.texts, written, drawn, strict=True):
+            front = said.removesuffix(own)
+            length += max(len(self._encoded(front + text)) for text in texts) - len(self._encoded(said))
+        return length
+
+    def _pixels(self, example: Example, layouts: Sequence[Layout], film: Film | None = None) -> tuple[Pixels, IntArray]:
+        """Crops [C, H, W, 3] and pooling windows [T, W] of all images of an example, or of the frames of its films."""
         size, patches = self.config.image_size, self._tiling.crop_patches**2
+        if film is not None and film.crops is not None:
+            windows = [
+                np.where(one.pooling >= 0, one.pooling + place * patches, one.pooling)
+                for place, one in enumerate(layouts)
+            ]
+            return film.crops, np.concatenate(windows)
         pixels = np.empty((sum(one.crops for one in layouts), size, size, 3), dtype=np.uint8)
         pooling, start = [], 0
         for number, (image, one) in enumerate(zip(example.images, layouts, strict=True), start=1):
@@ -360,21 +531,27 @@ class Preprocessor:
                     f"{image.width} x {image.height}; build the shards again"
                 )
             end = start + one.crops
-            self._fill_crops(pixels[start:end], picture, one)
+            fill_crops(
+                picture, one, self._tiling, self.config.resize, pixels[start:end], exact=self.config.exact_resize
+            )
             pooling.append(np.where(one.pooling >= 0, one.pooling + start * patches, one.pooling))
             start = end
         if not pooling:
-            pooling.append(np.zeros((0, self.config.pooling_size[0] * self.config.pooling_size[1]), dtype=np.int64))
+            pooling.append(np.zeros((0, self._tiling.window_columns), dtype=np.int64))
         return pixels, np.concatenate(pooling)
 
-    def _fill_crops(self, crops: Pixels, picture: Pixels, one: Layout) -> None:
-        """Writes the global crop, then the high-resolution ones."""
-        method, size = self.config.resize, self.config.image_size
-        if self._tiling.low:
-            crops[0] = resize(picture, size, size, method)
-        if self._tiling.high:
-            cut_crops(resize(picture, *one.canvas, method), one.tiling, self._tiling, crops[int(self._tiling.low) :])
+    def _patch_masks(self, example: Example, layouts: Sequence[Layout], film: Film | None = None) -> FloatArray | None:
+        """[C, N] share of every patch that is picture, where the model needs it."""
+        if not self.config.patch_masks:
+            return None
+        if film is not None:
+            return film_masks(self.config, example, film)
+        masks = [
+            patch_masks(image.height, image.width, one, self._tiling, shifted=self.config.shifted_patch_masks)
+            for image, one in zip(example.images, layouts, strict=True)
+        ]
+        return np.concatenate([np.zeros((0, self._tiling.crop_patches**2), dtype=np.float32), *masks])
 
 
-def _token_counts(layouts: Sequence[Layout]) -> IntArray:
-    return np.array([len(one.pooling) for one in layouts], dtype=np.int64)
+def _token_counts(layouts: Sequence[Layout], config: PreprocessorConfig) -> IntArray:
+    return np.array([len(one.pooling) * config.tokens_per_window for one in layouts], dtype=np.int64)

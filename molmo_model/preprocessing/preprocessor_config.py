@@ -1,16 +1,17 @@
 """What decides tokens and crops besides the tokenizer: saved in every checkpoint as `molmo_preprocessor.json`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 from molmo_model.config import lookup
 from molmo_model.errors import CheckpointError, ConfigError
-from molmo_model.model_config import CropMode, MessageFormat, PointFormat, PreprocessingConfig
+from molmo_model.model_config import CropMode, MessageFormat, PointFormat, PreprocessingConfig, SelectorConfig
 from molmo_model.preprocessing.image import RESIZE_METHODS
 from molmo_model.preprocessing.prompts import SystemPrompt
 from molmo_model.preprocessing.tiling import IM_COL, IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, TilingSpec
+from molmo_model.preprocessing.video import VideoSpec
 
 CONFIG_FILE = "molmo_preprocessor.json"
 FORMAT_VERSION = 1
@@ -45,12 +46,51 @@ class PreprocessorConfig:
     system_prompt: SystemPrompt = SystemPrompt.none
     message_format: MessageFormat = MessageFormat.none
     loss_weighting: LossWeighting = LossWeighting.root_subsegments
+    exact_resize: bool = False
+    """Resize as transformers' Molmo2 image processor does, to the last bit."""
+    tokens_per_window: int = 1
+    """`<im_patch>` tokens of each pooling window: the connector's queries with `learned_queries`, `c_abstractor`."""
+    patch_masks: bool = False
+    """Batches say which share of every patch is picture, for the connector's padding embeddings."""
+    shifted_patch_masks: bool = False
+    """They say it of the crop before, as the models released in 2024 were trained; see `crops.patch_masks`."""
+    selector_tokens: int = 0
+    """High-resolution tokens of every image that a token selector keeps; 0 has none, and all of them enter."""
+    selector_min_tokens: int = 0
+    """In training the number is drawn between this and `selector_tokens`; 0 keeps it fixed."""
+    indicate_tokens: bool = False
+    """`K=n` stands before every image."""
+    question_first: bool = False
+    """The first question stands before the images, so that it decides what is selected."""
+    video: VideoSpec = field(default_factory=VideoSpec)
+    """How films become frames and tokens."""
+    equal_windows: str = ""
+    """What in the connector needs pooling windows of one size, such as `pooling stack`; empty: nothing does. Films are
+    then refused unless their frames are pooled as images are."""
 
     def __post_init__(self) -> None:
         lookup(RESIZE_METHODS, self.resize, "resize method")
         if self.vocab_size < 1 or self.max_images < 1:
             raise ConfigError(f"vocab_size {self.vocab_size} and max_images {self.max_images} must be at least 1")
         _ = self.tiling  # refuses a geometry that cannot be
+        if self.selector_tokens:
+            self._check_selector()
+
+    def _check_selector(self) -> None:
+        if self.crop_mode is not CropMode.overlap_and_resize_c2:
+            raise ConfigError(
+                f"a token selector needs low-resolution tokens to choose by and high-resolution ones to choose from, "
+                f"apart; crop_mode {self.crop_mode.value} has no such pair, use overlap_and_resize_c2"
+            )
+        if self.tokens_per_window != 1:
+            raise ConfigError(
+                f"a token selector chooses pooling windows of one token each, not of {self.tokens_per_window}; "
+                "use a pooling with one query"
+            )
+        if self.selector_min_tokens > self.selector_tokens:
+            raise ConfigError(
+                f"selector.min_tokens {self.selector_min_tokens} is more than selector.tokens {self.selector_tokens}"
+            )
 
     @classmethod
     def build(
@@ -62,19 +102,28 @@ class PreprocessorConfig:
         pooling_size: int | Sequence[int],
         resize: str,
         vocab_size: int,
+        tokens_per_window: int = 1,
+        patch_masks: bool = False,
+        selector: SelectorConfig | None = None,
+        equal_windows: str = "",
     ) -> "PreprocessorConfig":
         """The config of a model.
 
         Args:
             preprocessing: the section of the params.
-            image_size, patch_size, resize: of the vision encoder.
-            pooling_size: patches per side of a pooling window, or its height and width.
+            image_size, patch_size, resize: of the vision encoder; `preprocessing.resize` overrides the last.
+            pooling_size: patches per side of a pooling window, or its height and width; [0, 0] is a whole crop.
             vocab_size: rows of the language model's embedding, which may be more than the tokenizer has tokens.
+            tokens_per_window, patch_masks: what the connector makes of a window and needs.
+            selector: the model's section of that name.
+            equal_windows: what in the connector needs windows of one size; see the field.
 
         Raises:
             ConfigError: an unknown name, or sizes that do not fit together.
         """
         pool = (pooling_size, pooling_size) if isinstance(pooling_size, int) else tuple(pooling_size)
+        if not any(pool):
+            pool = (image_size // patch_size,) * len(pool)
         margins = tuple(preprocessing.overlap_margins)
         if len(margins) != 2 or len(pool) != 2:
             raise ConfigError(f"overlap_margins {list(margins)} and pooling size {list(pool)} must be two numbers each")
@@ -82,7 +131,7 @@ class PreprocessorConfig:
             image_size=image_size,
             patch_size=patch_size,
             pooling_size=(pool[0], pool[1]),
-            resize=resize,
+            resize=preprocessing.resize or resize,
             vocab_size=vocab_size,
             crop_mode=preprocessing.crop_mode,
             max_crops=preprocessing.max_crops,
@@ -91,13 +140,29 @@ class PreprocessorConfig:
             point_format=preprocessing.point_format,
             system_prompt=_choice(SystemPrompt, preprocessing.system_prompt, "system_prompt"),
             message_format=preprocessing.message_format,
+            exact_resize=preprocessing.exact_resize,
+            tokens_per_window=tokens_per_window,
+            patch_masks=patch_masks,
+            selector_tokens=selector.tokens if selector else 0,
+            selector_min_tokens=(selector.min_tokens or 0) if selector else 0,
+            indicate_tokens=selector.indicate_tokens if selector else False,
+            question_first=selector.question_first if selector else False,
+            video=VideoSpec.of(preprocessing.video),
+            equal_windows=equal_windows,
         )
 
     @property
     def tiling(self) -> TilingSpec:
         """The geometry's part of this config."""
         return TilingSpec(
-            self.image_size, self.patch_size, self.pooling_size, self.overlap_margins, self.max_crops, self.crop_mode
+            self.image_size,
+            self.patch_size,
+            self.pooling_size,
+            self.overlap_margins,
+            self.max_crops,
+            self.crop_mode,
+            self.tokens_per_window,
+            RESIZE_METHODS[self.resize].letterbox,
         )
 
     @property
@@ -123,8 +188,7 @@ class PreprocessorConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, with the version of the format."""
-        values = {k: v.value if isinstance(v, Enum) else v for k, v in asdict(self).items()}
-        return {"version": FORMAT_VERSION} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {"version": FORMAT_VERSION} | {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], source: str = CONFIG_FILE) -> "PreprocessorConfig":
@@ -142,9 +206,18 @@ class PreprocessorConfig:
             for name in ("pooling_size", "overlap_margins"):
                 first, second = fields[name]
                 fields[name] = (first, second)
+            fields["video"] = VideoSpec.from_json(fields.get("video", {}))
             return cls(**fields)
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise CheckpointError(f"{source}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, Enum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
 
 
 _ENUMS: dict[str, type[Enum]] = {

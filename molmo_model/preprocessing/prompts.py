@@ -11,7 +11,8 @@ import numpy as np
 
 from molmo_model.data.example import Conversation, Message
 from molmo_model.errors import DataError
-from molmo_model.model_config import MessageFormat
+from molmo_model.model_config import CHATML_END, CHATML_START, MessageFormat, PointFormat
+from molmo_model.preprocessing.marked import Marked
 from molmo_model.preprocessing.points import count_to_text, points_to_text
 
 _CAPTION = (
@@ -76,7 +77,7 @@ def templates(style: str, message: Message) -> tuple[str, ...]:
     return tuple(template.replace("{label}", label) for template in TEMPLATES[style])
 
 
-def answer(style: str, message: Message) -> str:
+def answer(style: str, message: Message, point_format: PointFormat = PointFormat.molmo_v1) -> str:
     """The text of an assistant message.
 
     Raises:
@@ -87,11 +88,14 @@ def answer(style: str, message: Message) -> str:
             raise DataError(f"an assistant message of style {style!r} has neither text nor points")
         return message.text
     write = count_to_text if style in COUNTED_STYLES else points_to_text
-    return write(message.points, (message.label or "").lower())
+    return write(message.points, (message.label or "").lower(), point_format)
 
 
 def choices(
-    conversation: Conversation, system_prompt: SystemPrompt, message_format: MessageFormat
+    conversation: Conversation,
+    system_prompt: SystemPrompt,
+    message_format: MessageFormat,
+    point_format: PointFormat = PointFormat.molmo_v1,
 ) -> list[tuple[str, ...]]:
     """For every message, user and assistant in turn, all texts it may get, exactly as they are tokenized.
 
@@ -102,7 +106,8 @@ def choices(
     texts: list[tuple[str, ...]] = []
     for turn, message in enumerate(conversation.messages):
         if message.role == "assistant":
-            texts.append((" " + answer(style, message),))
+            said = answer(style, message, point_format)
+            texts.append((said if message_format is MessageFormat.chatml else " " + said,))
         else:
             drawn = templates(style, message)
             texts.append(tuple(_frame(text, style, turn == 0, system_prompt, message_format) for text in drawn))
@@ -118,9 +123,17 @@ def _frame(text: str, style: str, first: bool, system_prompt: SystemPrompt, mess
     """A question with what the formats put around it."""
     if first and system_prompt is SystemPrompt.style:
         text = f"{style}: {text}"
+    if message_format is MessageFormat.chatml:
+        begin = "user\n" + text
+        return Marked("" if first else "\n", CHATML_START, begin, CHATML_END, "\n", CHATML_START, "assistant\n")
     if message_format is MessageFormat.role:
         text = f"User: {text} Assistant:"
     return text if first else " " + text
+
+
+def end_of_answer(message_format: MessageFormat) -> str | None:
+    """The special token that ends answers; None is the tokenizer's end of text."""
+    return CHATML_END if message_format is MessageFormat.chatml else None
 
 
 def image_prefix(number: int) -> str:

@@ -4,13 +4,14 @@ An image is seen twice: once whole at low resolution, and once as overlapping hi
 tiling of `rows x cols` overlap by `margins` patches; where they overlap, each patch is kept from one crop only, so
 that the kept patches of all crops form one *stitched grid* without duplicates. Pooling windows are laid on that grid.
 
-Everything depends on the image's size through the tiling alone, so `layout()` is computed once per tiling and shared:
-its arrays are read-only.
+Everything depends on the image's size through the tiling alone (but for the scales of a letterboxed hierarchical
+image), so `layout()` is computed once per tiling and shared: its arrays are read-only.
 
-Names in shapes: T image tokens of the image, C crops, P patches per side of a crop, W patches of a pooling window.
+Names in shapes: T pooling windows of the image, C crops, P patches per side of a crop, N = P * P patches of a crop, W
+patches of a pooling window. A window becomes `tokens_per_window` tokens of the text, one with most poolings.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -45,6 +46,10 @@ class TilingSpec:
     max_crops: int
     """Most high-resolution crops."""
     mode: CropMode
+    tokens_per_window: int = 1
+    """`<im_patch>` tokens that one pooling window becomes."""
+    letterbox: bool = False
+    """Whether images keep their aspect ratio between bars instead of being squashed."""
 
     def __post_init__(self) -> None:
         if self.crop_size < 1 or self.patch_size < 1 or self.crop_size % self.patch_size:
@@ -60,6 +65,8 @@ class TilingSpec:
             raise ConfigError(f"pooling size {list(self.pooling)} must be at least 1 in both directions")
         if self.max_crops < 1:
             raise ConfigError(f"max_crops is {self.max_crops}; it must be at least 1")
+        if self.tokens_per_window < 1:
+            raise ConfigError(f"tokens_per_window is {self.tokens_per_window}; it must be at least 1")
 
     @property
     def crop_patches(self) -> int:
@@ -81,6 +88,16 @@ class TilingSpec:
         """Whether there are high-resolution crops."""
         return self.mode is not CropMode.resize
 
+    @property
+    def fused(self) -> bool:
+        """Whether a pooling window holds both scales: its patches of the stitched grid, then one of the global crop."""
+        return self.mode is CropMode.hierarchical
+
+    @property
+    def window_columns(self) -> int:
+        """W, places of a pooling window: its patches, and with fused scales one more."""
+        return self.pooling[0] * self.pooling[1] + int(self.fused)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -95,7 +112,7 @@ class Layout:
     tokens: IntArray
     """[N] places in `IMAGE_TOKENS`, in the order in which the tokens stand in the text."""
     pooling: IntArray
-    """[T, W] flat patch numbers into C * P * P of every `<im_patch>`, in order; `HOLE` outside the image."""
+    """[T, W] flat patch numbers into C * N of every window, in the order of its tokens; `HOLE` outside the image."""
 
 
 def select_tiling(height: float, width: float, window: int, max_crops: int) -> tuple[int, int]:
@@ -143,28 +160,99 @@ def tiling_for(height: int, width: int, spec: TilingSpec) -> tuple[int, int]:
 
 def layout(height: int, width: int, spec: TilingSpec) -> Layout:
     """The crops, tokens and pooling windows of an image of `height x width` pixels."""
-    return tiling_layout(*tiling_for(height, width, spec), spec)
+    tiling = tiling_for(height, width, spec)
+    if spec.fused and spec.letterbox:
+        return _letterboxed_layout(height, width, *tiling, spec)
+    return tiling_layout(*tiling, spec)
 
 
 @cache
 def tiling_layout(rows: int, cols: int, spec: TilingSpec) -> Layout:
-    """The layout of every image of one tiling; (0, 0) is the global crop alone."""
+    """The layout of every image of one tiling that fills its crops; (0, 0) is the global crop alone."""
     tokens, windows = [], []
     size = spec.crop_patches
-    if spec.low:
+    if spec.low and not spec.fused:
         low = pool_windows(np.arange(size * size).reshape(size, size), spec.pooling)
-        tokens.append(view_tokens(*low.shape[:2]))
+        tokens.append(view_tokens(low.shape[0], low.shape[1], spec.tokens_per_window))
         windows.append(low.reshape(-1, low.shape[-1]))
     canvas = (0, 0)
     if spec.high:
         grid = stitched_grid(rows, cols, spec)
-        high = pool_windows(grid + (size * size if spec.low else 0), spec.pooling)  # holes come after the shift
-        tokens.append(view_tokens(*high.shape[:2]))
-        windows.append(high.reshape(-1, high.shape[-1]))
         canvas = (grid.shape[0] * spec.patch_size, grid.shape[1] * spec.patch_size)
-    result = Layout((rows, cols), canvas, int(spec.low) + rows * cols, np.concatenate(tokens), np.concatenate(windows))
-    result.tokens.flags.writeable = result.pooling.flags.writeable = False
-    return result
+        high = pool_windows(grid + (size * size if spec.low else 0), spec.pooling)  # holes come after the shift
+        if spec.fused:
+            centres = global_patches(Box(0, 0, *canvas), Box(0, 0, spec.crop_size, spec.crop_size), canvas, spec)
+            high = np.concatenate([high, centres[:, :, None]], axis=2)
+        tokens.append(view_tokens(high.shape[0], high.shape[1], spec.tokens_per_window))
+        windows.append(high.reshape(-1, high.shape[-1]))
+    return _frozen(
+        Layout((rows, cols), canvas, int(spec.low) + rows * cols, np.concatenate(tokens), np.concatenate(windows))
+    )
+
+
+@lru_cache(maxsize=256)
+def _letterboxed_layout(height: int, width: int, rows: int, cols: int, spec: TilingSpec) -> Layout:
+    """The layout of one size of image: where bars lie differently in the two scales, so do the windows' centres."""
+    common = tiling_layout(rows, cols, spec)
+    low = letterbox_box(height, width, spec.crop_size, spec.crop_size)
+    pooling = common.pooling.copy()
+    pooling[:, -1] = global_patches(letterbox_box(height, width, *common.canvas), low, common.canvas, spec).ravel()
+    return _frozen(replace(common, pooling=pooling))
+
+
+def _frozen(one: Layout) -> Layout:
+    one.tokens.flags.writeable = one.pooling.flags.writeable = False
+    return one
+
+
+@dataclass(frozen=True)
+class Box:
+    """The rectangle of a frame that shows picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def letterbox_size(height: int, width: int, to_height: int, to_width: int) -> tuple[int, int]:
+    """Height and width of a letterboxed picture inside the frame `to_height x to_width`.
+
+    The scale is a float32 and the product is cut off, as the published models were trained; at least one pixel.
+    """
+    scale = min(np.float32(to_height) / np.float32(height), np.float32(to_width) / np.float32(width))
+    inner_height, inner_width = int(np.float32(height) * scale), int(np.float32(width) * scale)
+    return max(1, min(inner_height, to_height)), max(1, min(inner_width, to_width))
+
+
+def letterbox_box(height: int, width: int, to_height: int, to_width: int) -> Box:
+    """Where a letterboxed picture lies: in the middle, the odd line of the bars at the bottom or the right."""
+    inner_height, inner_width = letterbox_size(height, width, to_height, to_width)
+    return Box((to_height - inner_height) // 2, (to_width - inner_width) // 2, inner_height, inner_width)
+
+
+def global_patches(high: Box, low: Box, canvas: tuple[int, int], spec: TilingSpec) -> IntArray:
+    """[rows, cols] the patch of the global crop that shows the centre of each pooling window of the stitched grid.
+
+    Args:
+        high, low: where the picture lies on the canvas and on the global crop.
+        canvas: height and width of the canvas in pixels.
+    """
+    rows = _global_lines((high.top, high.height), (low.top, low.height), canvas[0], spec.pooling[0], spec)
+    cols = _global_lines((high.left, high.width), (low.left, low.width), canvas[1], spec.pooling[1], spec)
+    return rows[:, None] * spec.crop_patches + cols
+
+
+def _global_lines(high: tuple[int, int], low: tuple[int, int], canvas: int, pool: int, spec: TilingSpec) -> IntArray:
+    """The row (or column) of patches of the global crop for each row of windows. Centres that lie in a bar are carried
+    on in proportion; at the border of two patches the later one shows the centre. Whole numbers throughout."""
+    patch = spec.patch_size
+    lines = pool_windows(np.arange(canvas // patch)[None], (1, pool))[0]  # [windows, pool]
+    first, last = np.where(lines == HOLE, canvas, lines).min(axis=1), lines.max(axis=1)
+    twice = (first + last + 1) * patch  # twice the centre, in pixels of the canvas
+    (start, length), (low_start, low_length) = high, low
+    places = (2 * low_start * length + (twice - 2 * start) * low_length) // (2 * length * patch)
+    return places.clip(0, spec.crop_patches - 1)
 
 
 def stitched_grid(rows: int, cols: int, spec: TilingSpec) -> IntArray:
@@ -207,20 +295,9 @@ def pool_windows(grid: IntArray, pooling: tuple[int, int]) -> IntArray:
     return padded.reshape(rows, pool_h, cols, pool_w).swapaxes(1, 2).reshape(rows, cols, pool_h * pool_w)
 
 
-def view_tokens(rows: int, cols: int) -> IntArray:
-    """[rows * (cols + 1) + 2] the tokens of one view: start, rows of patches with a column token after each, end."""
-    body = np.full((rows, cols + 1), IM_PATCH, dtype=np.int64)
+def view_tokens(rows: int, cols: int, tokens_per_window: int = 1) -> IntArray:
+    """[rows * (cols * tokens_per_window + 1) + 2] the tokens of one view of `rows x cols` windows: start, rows of patch
+    tokens with a column token after each, end."""
+    body = np.full((rows, cols * tokens_per_window + 1), IM_PATCH, dtype=np.int64)
     body[:, -1] = IM_COL
     return np.concatenate([[IM_START], body.ravel(), [IM_END]])
-
-
-def cut_crops(
-    canvas: npt.NDArray[np.uint8], tiling: tuple[int, int], spec: TilingSpec, out: npt.NDArray[np.uint8]
-) -> None:
-    """Writes the overlapping crops of a canvas [H, W, 3] of the layout's size to `out` [rows * cols, S, S, 3]."""
-    rows, cols = tiling
-    size, stride = spec.crop_size, spec.window_patches * spec.patch_size
-    for row in range(rows):
-        for col in range(cols):
-            top, left = row * stride, col * stride
-            out[row * cols + col] = canvas[top : top + size, left : left + size]

@@ -4,6 +4,7 @@ Any tokenizer with a `tokenizer.json` will do: a transformers hub id, a folder o
 lies beside this file for models trained from scratch (made by `molmo_model.preprocessing.bytes512`).
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 import molmo_model
 from molmo_model.errors import ConfigError
+from molmo_model.preprocessing.marked import Marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,10 +64,18 @@ def load_tokenizer(name: str, own: bool = False) -> "PreTrainedTokenizerFast":
 class Vocabulary:
     """Text to ids and back, for one tokenizer, without its own templates or special tokens.
 
-    Special tokens that appear in a text are spelled out: data cannot end an answer or begin an image.
+    Special tokens that appear in a text are spelled out: data cannot end an answer or begin an image. Only the markers
+    of a `Marked` text are special.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", end: str | None = None) -> None:
+        """
+        Args:
+            end: the token that ends answers; None is the tokenizer's end of text.
+
+        Raises:
+            ConfigError: the tokenizer has no such special token.
+        """
         from tokenizers import Tokenizer
 
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the settings below are ours
@@ -73,19 +83,56 @@ class Vocabulary:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self.eos_id = int(tokenizer.eos_token_id)
-        self.bos_id = int(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else self.eos_id
+        end_of_text = int(tokenizer.eos_token_id)
+        self._special = {
+            str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        self.eos_id = end_of_text if end is None else self.special_id(end)
+        """Ends every answer."""
+        self.bos_id = int(tokenizer.bos_token_id) if tokenizer.bos_token_id is not None else end_of_text
         """Begins every sequence; falls back to the end-of-text token."""
-        self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else self.eos_id
+        self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end_of_text
         self.size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """Ids are below this."""
-        self.encode = lru_cache(maxsize=16384)(self._encode)
+        self.encode = self._cached()
+
+    def _cached(self) -> "Callable[[str], npt.NDArray[np.int64]]":
+        """`_encode` with a memory, because questions repeat; typed, because a marked text equals its plain reading."""
+        return lru_cache(maxsize=16384, typed=True)(self._encode)
 
     def _encode(self, text: str) -> npt.NDArray[np.int64]:
-        """The ids of a text, read-only; kept, because questions repeat."""
-        ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        """The ids of a text, read-only.
+
+        Raises:
+            ConfigError: a marker that the tokenizer does not have.
+        """
+        if isinstance(text, Marked):
+            found = [
+                [self.special_id(part)] if place % 2 else self._spelled_out(part)
+                for place, part in enumerate(text.parts)
+            ]
+            ids = np.array([number for part in found for number in part], dtype=np.int64)
+        else:
+            ids = np.array(self._spelled_out(text), dtype=np.int64)
         ids.flags.writeable = False
         return ids
+
+    def _spelled_out(self, text: str) -> list[int]:
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def special_id(self, token: str) -> int:
+        """The id of a special token.
+
+        Raises:
+            ConfigError: the tokenizer does not have it.
+        """
+        if token not in self._special:
+            known = ", ".join(sorted(self._special)) or "none"
+            raise ConfigError(
+                f"the tokenizer has no special token {token}, which the message format wants; it has {known}. Choose "
+                "another preprocessing.message_format, or the tokenizer of a model that was trained with it"
+            )
+        return self._special[token]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special tokens."""
@@ -99,4 +146,4 @@ class Vocabulary:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._backend.encode_special_tokens = True  # the one setting that a pickled tokenizer forgets
-        self.encode = lru_cache(maxsize=16384)(self._encode)
+        self.encode = self._cached()

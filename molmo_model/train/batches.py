@@ -10,6 +10,7 @@ from molmo_model.data.example import Example
 from molmo_model.data.loader import Loader, generator
 from molmo_model.data.mixture import Draw
 from molmo_model.data.plan import Plan
+from molmo_model.nn.frame_selection import FrameScorer
 from molmo_model.preprocessing.collator import collate
 from molmo_model.preprocessing.preprocessor import Encoded, Preprocessor
 from molmo_model.train.distributed import Ranks
@@ -17,6 +18,8 @@ from molmo_model.train.distributed import Ranks
 if TYPE_CHECKING:
     import torch
 
+FLEX_BLOCK = 128
+"""Tokens per side of a block of FlexAttention."""
 SHARDS = "shards/"
 """Prefix of the inputs of a training that are shards; the dataset's name follows."""
 
@@ -51,8 +54,10 @@ def build_loader(inputs: Mapping[str, str], start: Path, train: TrainConfig, ran
     """
     shards = {name.removeprefix(SHARDS): path for name, path in inputs.items() if name.startswith(SHARDS)}
     preprocessor = Preprocessor.from_pretrained(start)
-    # a GPU wants equal shapes in every step, a CPU no padding
-    length = train.sequence_length if ranks.device.type == "cuda" else None
+    if (scorer := preprocessor.config.video.select_frames_by_query) is not None:
+        preprocessor.frame_scorer = FrameScorer(scorer)  # each worker loads it for itself
+    # a GPU wants equal shapes in every step, in whole blocks of FlexAttention; a CPU no padding
+    length = -(-train.sequence_length // FLEX_BLOCK) * FLEX_BLOCK if ranks.device.type == "cuda" else None
     return Loader(
         Plan.load(inputs["mixture"], shards, train),
         Encoder(preprocessor),

@@ -24,7 +24,9 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.tensor import DTensor
 
 from molmo_model.artifacts import Manifest, canonical_json, write_manifest
+from molmo_model.config import LoraConfig
 from molmo_model.errors import CheckpointError
+from molmo_model.train import lora as adapters
 from molmo_model.train.distributed import Ranks
 from molmo_model.train.history import SCHEMA, TRAIN_STATE, VERSION, step_name
 from molmo_model.train.optim import optimizer_tensors, set_optimizer_step
@@ -62,6 +64,7 @@ def save(
     folder: Path,
     stamp: Mapping[str, Any],
     summary: Mapping[str, Any],
+    lora: LoraConfig | None = None,
 ) -> Manifest | None:
     """Writes the checkpoint `folder/step-NNNNNN` from all ranks; returns its manifest on the first rank.
 
@@ -69,13 +72,17 @@ def save(
         start: the checkpoint that the run began from; its tokenizer and preprocessor files are copied.
         staging: scratch directory on the file system of `folder`, emptied first.
         stamp: `params`, `inputs` and `code` of the manifest.
+        lora: the model has adapters, which are merged into the weights and written beside them.
     """
     if ranks.first:
         shutil.rmtree(staging, ignore_errors=True)
         (staging / TRAIN_STATE).mkdir(parents=True)
     dist.barrier()
     save_weights(model, staging, ranks)
-    dcp.save(optimizer_tensors(optimizer), storage_writer=DeterministicWriter(staging / TRAIN_STATE))
+    state = {**optimizer_tensors(optimizer), **adapters.adapter_tensors(model)}
+    dcp.save(state, storage_writer=DeterministicWriter(staging / TRAIN_STATE))
+    if lora is not None:
+        adapters.save_adapter(model, lora, staging / adapters.ADAPTER, ranks.first, base=start.name)
     manifest = None
     if ranks.first:
         _copy_companions(start, staging)
@@ -93,8 +100,9 @@ def save(
     return manifest
 
 
-def load_state(optimizer: torch.optim.Optimizer, checkpoint: Path) -> Position:
-    """Loads the moments of a checkpoint into a fresh optimizer, whatever number of ranks wrote it.
+def load_state(optimizer: torch.optim.Optimizer, checkpoint: Path, model: nn.Module | None = None) -> Position:
+    """Loads the moments of a checkpoint into a fresh optimizer, whatever number of ranks wrote it, and adapters into
+    their model.
 
     Raises:
         CheckpointError: the state is of another model or another freezing, or cannot be read.
@@ -102,7 +110,9 @@ def load_state(optimizer: torch.optim.Optimizer, checkpoint: Path) -> Position:
     folder = checkpoint / TRAIN_STATE
     try:
         position = Position(**json.loads((folder / POSITION).read_text()))
-        dcp.load(optimizer_tensors(optimizer, create=True), storage_reader=FileSystemReader(folder))
+        state = optimizer_tensors(optimizer, create=True, step=position.step)
+        state |= {} if model is None else adapters.adapter_tensors(model)
+        dcp.load(state, storage_reader=FileSystemReader(folder))
     except (Exception, CheckpointException) as error:  # DCP's own is no Exception
         raise CheckpointError(
             f"{folder} does not fit this run: {error}; delete {checkpoint} to start earlier"
@@ -112,10 +122,15 @@ def load_state(optimizer: torch.optim.Optimizer, checkpoint: Path) -> Position:
 
 
 def weight_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a weights file holds: parameters once each, also where two are tied, and persistent buffers."""
+    """What a weights file holds: parameters once each, also where two are tied, and persistent buffers. Adapters are
+    left out, and what they sit on has its plain name."""
     parameters = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parameters
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {
+        adapters.plain_name(name): tensor
+        for name, tensor in model.state_dict().items()
+        if name not in tied and not adapters.is_adapter(name)
+    }
 
 
 def save_weights(model: nn.Module, folder: Path, ranks: Ranks, file_bytes: int = WEIGHT_FILE_BYTES) -> None:
@@ -124,12 +139,15 @@ def save_weights(model: nn.Module, folder: Path, ranks: Ranks, file_bytes: int =
     Tensors are gathered one after the other; the files take turns among the ranks, so no rank holds the model.
     """
     tensors = weight_tensors(model)
+    updates = adapters.updates(model)
     plan = _plan_files({name: tensor.numel() * 4 for name, tensor in tensors.items()}, file_bytes)
     for number, (file_name, names) in enumerate(plan.items()):
         mine: dict[str, torch.Tensor] = {}
         for name in names:
             tensor = tensors[name].detach()
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: all ranks take part
+            if name in updates:
+                full = full + updates[name]()
             if number % ranks.world == ranks.rank:
                 mine[name] = full.to("cpu", torch.float32 if full.is_floating_point() else full.dtype).contiguous()
         if mine:
@@ -144,8 +162,11 @@ def save_weights(model: nn.Module, folder: Path, ranks: Ranks, file_bytes: int =
     dist.barrier()
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
+def load_weights(model: nn.Module, folder: Path, below_adapters: Path | None = None) -> None:
     """Reads a checkpoint's weights into a sharded model; every rank reads its own part of each tensor.
+
+    Args:
+        below_adapters: checkpoint to take the weights under adapters from, where `folder` holds merged ones.
 
     Raises:
         CheckpointError: names or shapes differ from the model's, or a file cannot be read.
@@ -159,10 +180,14 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(f"{folder}: {name} has shape {shapes[name]}, the model needs {tuple(tensor.shape)}")
-    try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-    except (Exception, CheckpointException) as error:  # DCP's own is no Exception
-        raise CheckpointError(f"weights of {folder} cannot be read: {error}") from error
+    sources = [(folder, tensors)]
+    if below_adapters not in (None, folder) and (names := adapters.updates(model)):
+        sources.append((below_adapters, {name: tensors[name] for name in names}))
+    for source, wanted in sources:
+        try:
+            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(source)))
+        except (Exception, CheckpointException) as error:  # DCP's own is no Exception
+            raise CheckpointError(f"weights of {source} cannot be read: {error}") from error
 
 
 def _plan_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, list[str]]:

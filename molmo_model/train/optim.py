@@ -3,6 +3,10 @@
 A component is `vision`, `connector` (with the extra embedding) or `language`; `molmo_model.nn` says which parameter
 belongs where. A pretrained tower beside a fresh connector needs this: in Molmo the connector learns 10 to 30 times
 faster and warms up 10 times shorter than the rest.
+
+A component can be frozen, for good or until a step from which on it is trained with a schedule of its own. Frozen
+parameters take no gradient, so nothing is computed for them, and get no moments: AdamW's begin with the first gradient,
+and so does its bias correction, which counts per parameter.
 """
 
 import math
@@ -26,11 +30,17 @@ def component_config(config: OptimConfig, component: str) -> ComponentOptim:
     return by_name[component]
 
 
+def first_step(settings: ComponentOptim) -> int | None:
+    """The step, from 1, that trains a component first; None never."""
+    return settings.unfreeze_step if settings.freeze else 1
+
+
 def freeze(model: nn.Module, config: OptimConfig, component_of: Callable[[str], str]) -> None:
-    """Turns off the gradients of frozen components. Call it before the model is sharded.
+    """Turns off the gradients of frozen components, also of those that `thaw` turns on later. Call it before the model
+    is sharded.
 
     Raises:
-        ConfigError: nothing is left to train.
+        ConfigError: nothing is left to train in the first step.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not component_config(config, component_of(name)).freeze)
@@ -38,11 +48,27 @@ def freeze(model: nn.Module, config: OptimConfig, component_of: Callable[[str], 
         raise ConfigError("train.optim freezes vision, connector and language; leave at least one of them to train")
 
 
+def thaw(optimizer: torch.optim.Optimizer, step: int) -> bool:
+    """Turns on the gradients of the components whose training begins by this step; True if there were any.
+
+    Call it in front of the step's forward pass. Under FSDP2 the units have to be told: `parallelize.refresh_units`.
+    """
+    parameters = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group["first_step"] <= step and not parameter.requires_grad
+    ]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return bool(parameters)
+
+
 def parameter_groups(model: nn.Module, config: OptimConfig, component_of: Callable[[str], str]) -> list[dict[str, Any]]:
     """The optimizer's groups: at most two per component, with and without weight decay; none is empty.
 
-    Norms, biases and embeddings are not decayed. Each group carries `component`, `names` and `params` in the order of
-    `model.named_parameters()`, tied parameters once.
+    Norms, biases and embeddings are not decayed. Each group carries `component`, `first_step`, `names` and `params` in
+    the order of `model.named_parameters()`, tied parameters once. What is frozen for good is left out.
 
     Raises:
         ConfigError: a parameter belongs to no component, or to none of the groups.
@@ -53,9 +79,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig, component_of: Callab
         component = component_of(name)
         if component not in COMPONENTS:
             raise ConfigError(f"parameter {name} is of component {component!r}; known: {', '.join(COMPONENTS)}")
-        if not parameter.requires_grad:
-            continue
         settings = component_config(config, component)
+        if not parameter.requires_grad and settings.unfreeze_step is None:
+            continue
         decay = name not in undecayed
         group = groups.setdefault(
             (component, decay),
@@ -63,6 +89,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, component_of: Callab
                 "params": [],
                 "names": [],
                 "component": component,
+                "first_step": first_step(settings) or 1,
                 "lr": 0.0,
                 "weight_decay": settings.weight_decay if decay else 0.0,
             },
@@ -85,9 +112,14 @@ def learning_rate(step: int, settings: ComponentOptim, steps: int, final_ratio: 
     """Learning rate of optimizer step `step` (1-based): linear from zero over the warm-up, then a cosine.
 
     The peak is reached exactly at step `warmup_steps`, `final_ratio` of it at the last step. A warm-up that is longer
-    than the run simply never ends.
+    than the run simply never ends. A component that is unfrozen later has the schedule of a run that begins with its
+    `unfreeze_step` and ends with this one.
     """
+    before = (first_step(settings) or 1) - 1
+    step, steps = step - before, steps - before
     peak, warmup = settings.learning_rate, settings.warmup_steps
+    if step < 1:
+        return 0.0
     if step < warmup:
         return peak * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -97,11 +129,13 @@ def learning_rate(step: int, settings: ComponentOptim, steps: int, final_ratio: 
 def set_learning_rates(
     optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int
 ) -> dict[str, float]:
-    """Sets every group's rate for a step and returns the rate of each trained component."""
+    """Sets every group's rate for a step and returns the rate of each component that the step trains."""
     rates = {}
     for group in optimizer.param_groups:
         settings = component_config(config, group["component"])
-        group["lr"] = rates[group["component"]] = learning_rate(step, settings, steps, config.final_ratio)
+        group["lr"] = learning_rate(step, settings, steps, config.final_ratio)
+        if group["first_step"] <= step:
+            rates[group["component"]] = group["lr"]
     return rates
 
 
@@ -109,12 +143,15 @@ def set_learning_rates(
 def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimConfig) -> dict[str, float]:
     """Scales each component's gradients to its `max_grad_norm`; returns the norms before that.
 
-    A parameter that got no gradient (a tower whose features no token used) counts as zero. The squared norms of all
+    A parameter that got no gradient (a tower whose features no token used) counts as zero; a component that is still
+    frozen is left out. The squared norms of all
     components travel in one collective, in float64, so every rank scales by the same bits.
     """
     gradients: dict[str, list[torch.Tensor]] = {}
     shard_group = None
     for group in optimizer.param_groups:
+        if not group["params"][0].requires_grad:
+            continue
         found = gradients.setdefault(group["component"], [])
         for parameter in group["params"]:
             if parameter.grad is not None:
@@ -132,14 +169,19 @@ def clip_gradients(optimizer: torch.optim.Optimizer, config: OptimConfig) -> dic
     return norms
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, create: bool = False) -> dict[str, torch.Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, create: bool = False, step: int | None = None
+) -> dict[str, torch.Tensor]:
     """First and second moments by `<moment>.<parameter name>`, sharded as the parameters are.
 
     Args:
         create: makes the moments as zeros first, for a load into an optimizer that has not stepped.
+        step: with `create`, the steps done: components that are trained later have no moments yet. None is all.
     """
     tensors: dict[str, torch.Tensor] = {}
     for group in optimizer.param_groups:
+        if create and step is not None and group["first_step"] > step:
+            continue
         for name, parameter in zip(group["names"], group["params"], strict=True):
             state = optimizer.state[parameter]
             if create:
@@ -153,9 +195,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, create: bool = False) ->
 
 
 def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Tells AdamW's bias correction how many steps the loaded moments have seen."""
-    for state in optimizer.state.values():
-        state["step"].fill_(float(step))
+    """Tells AdamW's bias correction how many steps the loaded moments have seen, when `step` are done."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (state := optimizer.state.get(parameter)) and "step" in state:
+                state["step"].fill_(float(step - group["first_step"] + 1))
 
 
 def _undecayed(model: nn.Module) -> set[str]:

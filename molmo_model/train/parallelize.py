@@ -17,6 +17,7 @@ from molmo_model.errors import ConfigError
 from molmo_model.nn.build import component_of, restore_buffers
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
 from molmo_model.nn.molmo_config import MolmoConfig
+from molmo_model.train import lora
 from molmo_model.train.checkpoint import load_weights
 from molmo_model.train.distributed import Ranks
 from molmo_model.train.optim import freeze
@@ -28,8 +29,14 @@ SMALL_BLOCK = 1_000_000
 COMPUTE_DTYPES = {Precision.fp32: None, Precision.bf16: torch.bfloat16}
 
 
-def build_sharded_model(folder: Path, train: TrainConfig, ranks: Ranks) -> nn.Module:
+def build_sharded_model(
+    folder: Path, train: TrainConfig, ranks: Ranks, *, start: Path | None = None, seed: int = 0
+) -> nn.Module:
     """The model of a checkpoint folder, sharded over all ranks, frozen and checkpointed as the params say.
+
+    Args:
+        start: with adapters, the checkpoint that the run began from, below which nothing is trained; None is `folder`.
+        seed: first weights of adapters.
 
     Raises:
         ConfigError: a precision that training does not do.
@@ -39,13 +46,19 @@ def build_sharded_model(folder: Path, train: TrainConfig, ranks: Ranks) -> nn.Mo
     with torch.device("meta"):
         model = MolmoForConditionalGeneration(config).float()
     model.train()
-    freeze(model, train.optim, component_of)
+    if train.lora is None:
+        freeze(model, train.optim, component_of)
+    else:
+        lora.inject(model, train.lora)
     if train.activation_checkpointing is ActivationCheckpointing.full:
         model.gradient_checkpointing_enable()
     shard(model, train.precision, init_device_mesh(ranks.device.type, (ranks.world,)))
     model.to_empty(device=ranks.device)
     restore_buffers(model)
-    load_weights(model, folder)
+    load_weights(model, folder, start)
+    lora.first_adapters(model, seed)
+    if train.compile:
+        compile_blocks(model)
     return model
 
 
@@ -76,6 +89,37 @@ def shard(model: nn.Module, precision: Precision, mesh: DeviceMesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compiles the forward of every transformer block in place; call it after `shard`.
+
+    Blocks of one kind share one graph. The forward is replaced, not the call: FSDP2's hooks, which gather and free the
+    weights, stay outside, and what checkpointing recomputes is part of the graph. Names of parameters do not change.
+    Masks reach the blocks ready-made.
+
+    The number of crops changes from batch to batch, so the vision tower's graphs may become dynamic. Rows of text have
+    one length on a GPU; there dynamic graphs are forbidden, because torch would take the head width, which differs
+    between the towers, for one more size that changes, and FlexAttention does not compile then.
+    """
+    # the towers' layers share transformers' checkpointing wrapper, and with it one count of recompilations
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    text = set(transformer_blocks(model.get_submodule("model.language_model")))
+    for block in transformer_blocks(model):
+        block.forward = torch.compile(block.forward, backend=backend, dynamic=False if block in text else None)
+
+
+def refresh_units(model: nn.Module) -> None:
+    """Tells the units that parameters were unfrozen. Call it on all ranks, between two steps.
+
+    A unit notes at its first gathering in which type its trained parameters are kept and reduced. One that was wholly
+    frozen then has noted neither, and with bf16 would hand over bf16 sums, which fp32 parameters refuse. Gathering it
+    by hand makes it look again.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def accumulate_locally(model: nn.Module, last: bool) -> None:

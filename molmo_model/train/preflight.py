@@ -98,8 +98,7 @@ def estimate(train: TrainConfig, start: Path, *, done: int, saved: int, timings:
     shapes = read_shapes(start)
     total = sum(math.prod(shape) for shape in shapes.values())
     parameters = _parameters(start, total)
-    frozen = {name for name in ("vision", "connector", "language") if getattr(train.optim, name).freeze}
-    trained = sum(count for name, count in parameters.items() if name not in frozen)
+    trained = _trained(train, parameters, shapes)
     width = 4 if train.precision is Precision.fp32 else 2
     config = json.loads((start / "config.json").read_text(encoding="utf-8"))
     activations = _activation_bytes(config, train, width)
@@ -178,10 +177,11 @@ def lines(run: str, train: TrainConfig, need: Need, machine: Machine) -> list[st
         found.append(f"  note: {train.processes} ranks x {train.threads} threads share {machine.cores} cores")
     for name in ("vision", "connector", "language"):
         component = getattr(train.optim, name)
-        if not component.freeze and component.warmup_steps >= train.steps:
+        trained = train.steps - (component.unfreeze_step or 1) + 1
+        if (not component.freeze or component.unfreeze_step) and component.warmup_steps >= trained:
             found.append(
-                f"  note: {name} warms up for {component.warmup_steps} steps, the run has {train.steps}: it never "
-                f"reaches its learning rate; set train.optim.{name}.warmup_steps"
+                f"  note: {name} warms up for {component.warmup_steps} steps, the run has {trained} of it: it "
+                f"never reaches its learning rate; set train.optim.{name}.warmup_steps"
             )
     return found
 
@@ -190,7 +190,12 @@ def pace_key(train: TrainConfig, parameters: int) -> str:
     """Runs with the same key take about the same time per step on one machine."""
     shape = ("packs_per_step", "packs_per_microbatch", "sequence_length", "crops_per_pack", "processes", "threads")
     settings = {name: getattr(train, name) for name in shape}
-    modes = {"precision": train.precision.value, "checkpointing": train.activation_checkpointing.value}
+    modes: dict[str, Any] = {
+        "precision": train.precision.value,
+        "checkpointing": train.activation_checkpointing.value,
+    }
+    if train.lora is not None:
+        modes["lora"] = {"rank": train.lora.rank, "targets": train.lora.targets}
     return digest_of({**settings, **modes, "parameters": parameters})[:16]
 
 
@@ -235,6 +240,20 @@ def _parameters(start: Path, total: int) -> dict[str, int]:
         if sum(stated.values()) == total:
             return stated
     return {"model": total}
+
+
+def _trained(train: TrainConfig, parameters: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Parameters that get gradients and moments."""
+    if train.lora is None:
+        components = {name: getattr(train.optim, name) for name in ("vision", "connector", "language")}
+        frozen = {name for name, one in components.items() if one.freeze and one.unfreeze_step is None}
+        return sum(count for name, count in parameters.items() if name not in frozen)
+    layers = tuple(f".{target}.weight" for target in train.lora.targets)
+    adapters = [s for name, s in shapes.items() if ".language_model." in name and name.endswith(layers)]
+    connected = ("connector", "extra_embedding", "learned_positions", "temporal", "token_selector")
+    whole = connected if train.lora.train_connector else ()
+    connector = [shape for name, shape in shapes.items() if set(whole) & set(name.split("."))]
+    return sum(train.lora.rank * sum(shape) for shape in adapters) + sum(map(math.prod, connector))
 
 
 def _activation_bytes(config: Mapping[str, Any], train: TrainConfig, width: int) -> int:

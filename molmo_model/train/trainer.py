@@ -17,11 +17,12 @@ import torch
 
 from molmo_model.config import TrainConfig, checkpoint_name, saved_steps
 from molmo_model.errors import DataError, TrainingError
+from molmo_model.nn.loss import answered_places
 from molmo_model.train.checkpoint import Position, save
 from molmo_model.train.distributed import Ranks, StopRequest, seed_step, sum_over_ranks
 from molmo_model.train.metrics_log import EventLog, MetricsLog, StepMetrics
-from molmo_model.train.optim import clip_gradients, set_learning_rates
-from molmo_model.train.parallelize import accumulate_locally
+from molmo_model.train.optim import clip_gradients, set_learning_rates, thaw
+from molmo_model.train.parallelize import accumulate_locally, refresh_units
 
 Batch = dict[str, torch.Tensor]
 
@@ -121,6 +122,8 @@ class Trainer:
     def _optimize(self, step: int, batches: list[Batch], counts: Mapping[str, float]) -> StepMetrics:
         if not counts["weight"] > 0:
             raise DataError(f"run {self.run}: no token of step {step} is answered; its examples have no assistant text")
+        if thaw(self.optimizer, step):
+            refresh_units(self.model)
         loss_sum = 0.0
         for number, batch in enumerate(batches, start=1):
             accumulate_locally(self.model, last=number == len(batches))
@@ -154,6 +157,8 @@ class Trainer:
             )
 
     def _to_device(self, batch: Batch) -> Batch:
+        if self.ranks.device.type == "cuda":  # found here, so that the forward pass need not wait for the labels
+            batch = {**batch, "answered": answered_places(batch["labels"])}
         return {name: tensor.to(self.ranks.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _log(self, metrics: StepMetrics, counts: Mapping[str, float], seconds: float) -> None:
@@ -194,6 +199,7 @@ class Trainer:
             staging=self.places.staging,
             folder=folder,
             stamp=self.stamp,
+            lora=self.train.lora,
             summary={"run": self.run, "step": step, "parameters": self.parameters, **facts},
         )
         if self.logs is not None and manifest is not None:

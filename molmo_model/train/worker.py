@@ -13,11 +13,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from molmo_model.config import Params
 from molmo_model.errors import CheckpointError
-from molmo_model.nn.build import component_of, parameter_counts
+from molmo_model.nn.build import component_of
 from molmo_model.train.batches import build_loader
 from molmo_model.train.checkpoint import load_state
 from molmo_model.train.distributed import Ranks, StopRequest, process_group, set_determinism
 from molmo_model.train.job import ERRORS, EVENTS, MEETING, Job
+from molmo_model.train.lora import merged_counts
 from molmo_model.train.metrics_log import METRICS, EventLog, MetricsLog
 from molmo_model.train.optim import build_optimizer
 from molmo_model.train.parallelize import build_sharded_model
@@ -57,15 +58,15 @@ def build_trainer(job: Job, params: Params, ranks: Ranks, stop: StopRequest) -> 
     """
     config = params.runs[job.run].train
     start = Path(job.inputs["init"])
-    model = build_sharded_model(Path(job.resume or start), config, ranks)
+    model = build_sharded_model(Path(job.resume or start), config, ranks, start=start, seed=params.seed)
     optimizer = build_optimizer(model, config.optim, component_of)
     done = 0
     if job.resume is not None:
-        position = load_state(optimizer, Path(job.resume))
+        position = load_state(optimizer, Path(job.resume), model)
         if position.seed != params.seed:
             raise CheckpointError(f"{job.resume} was trained with seed {position.seed}, the params say {params.seed}")
         done = position.step
-    parameters = parameter_counts(model)
+    parameters = merged_counts(model)
     trainer = Trainer(
         run=job.run,
         train=config,

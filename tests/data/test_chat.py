@@ -200,7 +200,7 @@ BAD = [
         "role and|role, ",
     ),
     (row(messages=["hi", TALK[1]]), "messages[0]", "is a str"),
-    (row(messages=[{"role": "user", "content": [{"type": "video"}]}, TALK[1]]), "messages[0].content[0]", "neither"),
+    (row(messages=[{"role": "user", "content": [{"type": "audio"}]}, TALK[1]]), "messages[0].content[0]", "neither"),
     (row(messages=[{"role": "user", "content": [{"type": "text"}]}, TALK[1]]), "messages[0].content[0]", "neither"),
     (
         row(messages=[{"role": "user", "content": [{"type": "image", "url": "x.jpg"}]}, TALK[1]]),

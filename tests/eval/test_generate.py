@@ -31,7 +31,7 @@ def said(monkeypatch):
     """Answers to give instead of the model's."""
     answers = []
 
-    def answer(self, questions, max_new_tokens):
+    def answer(self, questions, *settings):
         return [Answer(answers[-1], "stop", 5, 9) for _ in questions]
 
     monkeypatch.setattr(Predictor, "answer", answer)
@@ -43,6 +43,24 @@ def test_the_model_answers_about_one_picture_or_two(project, capsys):
         generate.main([f"checkpoint={CHECKPOINT}", "prompt=What is it?", "max_new_tokens=3", *images])
     assert len(capsys.readouterr().out.splitlines()) >= 3
     assert not Path("answer.png").exists()
+
+
+def test_decoding_reaches_the_model(project, capsys):
+    asked = [f"checkpoint={CHECKPOINT}", "prompt=What is it?", "max_new_tokens=12", "image=photo.png"]
+    sampled = ["decoding.do_sample=true", "decoding.temperature=2"]
+    said = []
+    for options in (
+        [],
+        sampled,
+        sampled,
+        [*sampled, "decoding.seed=1"],
+        ["decoding.num_beams=3"],
+        ["keep_image_tokens=0.5"],
+    ):
+        generate.main([*asked, *options])
+        said.append(capsys.readouterr().out)
+    assert said[1] == said[2]
+    assert len({said[0], said[1], said[3]}) == 3
 
 
 def test_points_are_printed_and_drawn(project, said, capsys):
@@ -77,6 +95,11 @@ def test_without_points_nothing_is_saved_unless_asked_for(project, said):
         (["checkpoint=c", "prompt=x", "images=y"], "'images=y' is no option"),
         (["checkpoint=c", "prompt=x", "max_new_tokens=-1"], "max_new_tokens=-1"),
         (["checkpoint=c", "prompt=x", "precision=fp64"], "fp64"),
+        (["checkpoint=c", "prompt=x", "decoding.num_beam=2"], "num_beam"),
+        (["checkpoint=c", "prompt=x", "decoding.num_beams=0"], "decoding.num_beams is 0"),
+        (["checkpoint=c", "prompt=x", "decoding.top_p=0.5"], "do_sample is off"),
+        (["checkpoint=c", "prompt=x", "keep_image_tokens=most"], "keep_image_tokens=most must be a number"),
+        ([f"checkpoint={CHECKPOINT}", "prompt=x", "image=photo.png", "keep_image_tokens=2"], "keep_image_tokens is 2"),
         ([f"checkpoint={CHECKPOINT}", "prompt=x", "image=none.png"], "none.png cannot be read"),
         ([f"checkpoint={CHECKPOINT}", "prompt=x", "image=text.png"], "text.png"),
         ([f"checkpoint={CHECKPOINT}", "prompt= ", "image=photo.png"], "text"),

@@ -40,11 +40,11 @@ def asked(monkeypatch):
     log = Asked()
     answer = Predictor.answer
 
-    def spy(self, questions, max_new_tokens):
+    def spy(self, questions, *settings):
         if log.stop_after is not None and len(log) >= log.stop_after:
             raise KeyboardInterrupt
         log.append(len(questions))
-        return answer(self, questions, max_new_tokens)
+        return answer(self, questions, *settings)
 
     monkeypatch.setattr(Predictor, "answer", spy)
     return log

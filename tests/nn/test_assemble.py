@@ -13,6 +13,7 @@ from molmo_model.artifacts import read_manifest, verify
 from molmo_model.config import Params
 from molmo_model.data.example import Conversation, Example, Image, Message
 from molmo_model.errors import ConfigError
+from molmo_model.model_config import CropMode, PaddingEmbedding, Pooling, Projector, ScaleFusion
 from molmo_model.nn.generation import generate
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
 from molmo_model.preprocessing.collator import collate, collate_prompts
@@ -36,6 +37,7 @@ def test_checkpoint_is_whole_and_deterministic(params, tmp_path, monkeypatch):
     step = Path("artifacts/checkpoints/tiny/step-000000")
     manifest = verify(step, "molmo/checkpoint")
     assert set(manifest.files) == {
+        "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -74,6 +76,18 @@ def test_seed_and_pretrained_parts_are_part_of_the_identity(params, tmp_path, mo
     assert difference.startswith("inputs vision.pretrained: made with")
 
 
+def test_a_padding_embedding_without_padding_is_refused(params, tmp_path, monkeypatch):
+    """SigLIP's crops are squashed; letterboxed on demand, the same model is fine."""
+    monkeypatch.chdir(tmp_path)
+    params.models["tiny"].connector.padding_embedding = PaddingEmbedding.pad_embed
+    with pytest.raises(ConfigError, match="padding_embedding is pad_embed, but resize 'siglip' leaves no padding"):
+        run(STAGE, params, model="tiny")
+    params.models["tiny"].preprocessing.resize = "default"
+    run(STAGE, params, model="tiny")
+    config = Preprocessor.from_pretrained("artifacts/checkpoints/tiny/step-000000").config
+    assert config.patch_masks and config.resize == "default" and config.tokens_per_window == 1
+
+
 def test_too_few_extra_ids_are_refused(params, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params.models["tiny"].language.extra_vocab_size = 4
@@ -81,9 +95,34 @@ def test_too_few_extra_ids_are_refused(params, tmp_path, monkeypatch):
         run(STAGE, params, model="tiny")
 
 
-def test_the_preprocessor_feeds_the_model(params, tmp_path, monkeypatch):
-    """Real encodings of two examples, packed, equal the examples alone; and prompts are answered."""
+VARIANTS = {
+    "plain": {},
+    "queries": {"connector": {"pooling": Pooling.learned_queries, "num_queries": 3}},
+    "abstractor": {"connector": {"pooling": Pooling.c_abstractor, "num_queries": 4, "pooling_size": [0, 0]}},
+    "hierarchical": {"mode": CropMode.hierarchical, "connector": {"scale_fusion": ScaleFusion.concat}},
+    "letterboxed": {"encoder": "clip", "connector": {"padding_embedding": PaddingEmbedding.pad_and_partial_pad}},
+    "all": {
+        "encoder": "clip",
+        "mode": CropMode.hierarchical,
+        "connector": {
+            "pooling": Pooling.learned_queries,
+            "num_queries": 2,
+            "padding_embedding": PaddingEmbedding.regress,
+            "projector": Projector.mlpx,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_preprocessor_feeds_the_model(variant, make_params, tmp_path, monkeypatch):
+    """Real encodings of two examples, packed, equal the examples alone, and reach every parameter; and prompts are
+    answered."""
     monkeypatch.chdir(tmp_path)
+    options = dict(VARIANTS[variant])
+    mode = options.pop("mode", CropMode.overlap_and_resize_c2)
+    params = Params(seed=3, models={"tiny": make_params(**options)})
+    params.models["tiny"].preprocessing.crop_mode = mode
     run(STAGE, params, model="tiny")
     step = "artifacts/checkpoints/tiny/step-000000"
     model, preprocessor = MolmoForConditionalGeneration.from_pretrained(step).eval(), Preprocessor.from_pretrained(step)
@@ -95,6 +134,11 @@ def test_the_preprocessor_feeds_the_model(params, tmp_path, monkeypatch):
     alone = [model(**collate([[one]], len(one), config, pad)) for one in encoded]
     assert packed.weight_sum.item() == pytest.approx(sum(one.weight_sum.item() for one in alone), rel=1e-6)
     torch.testing.assert_close(packed.logits, torch.cat([one.logits for one in alone]), atol=1e-5, rtol=0)
+    packed.loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    tokens = sum((one.input_ids == config.im_patch_id).sum() for one in encoded)
+    assert tokens == sum(len(one.pooling) for one in encoded) * model.config.num_queries
+    assert ("patch_masks" in collate([encoded], length, config, pad)) == (model.config.padding_embedding != "none")
     prompts = [preprocessor.encode_prompt(one, 0) for one in examples]
     together = generate(model, collate_prompts(prompts, config, pad), 6, [preprocessor.eos_id])
     assert together == [

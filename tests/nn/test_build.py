@@ -128,7 +128,7 @@ def test_pretrained_parts_must_fit(make_params, tmp_path):
     SiglipVisionModel(SiglipVisionConfig(**VISION)).save_pretrained(vision)
     Qwen2ForCausalLM(Qwen2Config(**{**TEXT, "vocab_size": VOCAB - 1})).save_pretrained(text)
     for changes, message in (
-        ({"vision": {**FREE, "pretrained": str(vision), "image_size": 48}}, "image_size is 48, but .* has 32"),
+        ({"vision": {**FREE, "pretrained": str(vision), "patch_size": 16}}, "patch_size is 16, but .* has 8"),
         ({"vision": {**FREE, "pretrained": str(vision), "hidden_size": 48}}, "hidden_size is 48, but .* has 32"),
         ({"vision": {**FREE, "pretrained": str(vision), "num_layers": 6}}, "num_layers 6, but .* has 5"),
         ({"encoder": "clip", "vision": {**FREE, "pretrained": str(vision)}}, "not a clip_vision_model"),
@@ -151,7 +151,7 @@ def test_incomplete_weights_are_refused(make_params, tmp_path):
 def test_wrong_params_are_refused(make_params):
     for changes, message in (
         ({"encoder": "siglop"}, "did you mean 'siglip'"),
-        ({"family": "gpt"}, "known: qwen2, qwen3"),
+        ({"family": "gpt"}, "known: llama, olmo, olmo2, olmo3, olmoe, qwen2, qwen3"),
         ({"vision": {"feature_layers": [-5]}}, "layer -5 of an encoder with 4"),
         ({"vision": {"num_heads": 5}}, "num_heads 5 does not divide hidden_size 32"),
         ({"vision": {"image_size": 33}}, "image_size 33 is no multiple of patch_size 8"),

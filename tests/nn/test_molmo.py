@@ -240,7 +240,7 @@ def test_config_round_trip_and_checks(make_params):
         ({"vision_encoder": "clip"}, "clip is a clip_vision_model"),
         ({"vision_encoder": "clop"}, "did you mean 'clip'"),
         ({"vision_feature_layers": [4]}, "layer 4 of an encoder with 4"),
-        ({"pooling": "stack"}, "attention_meanq"),
+        ({"pooling": "stak"}, "did you mean 'stack'"),
     ):
         with pytest.raises(ConfigError, match=message):
             MolmoConfig(**{**parts, **wrong})

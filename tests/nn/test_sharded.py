@@ -8,22 +8,24 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
-from molmo_model.model_config import ModelConfig
+from molmo_model.model_config import ConnectorConfig, ModelConfig, PaddingEmbedding, Pooling
 from molmo_model.nn.build import build_model
-from tests.nn.conftest import Conversation, crops_and_pooling, lay_out, pack, random_weights, tensors
+from tests.nn.conftest import PATCHES, Conversation, crops_and_pooling, lay_out, pack, random_weights, tensors
 
 WORLD = 2
 
 
-def rank_batch(rank: int) -> dict[str, torch.Tensor]:
+def rank_batch(rank: int, connector: ConnectorConfig) -> dict[str, torch.Tensor]:
     """Rank 0 has images, rank 1 has text alone and one dummy crop."""
     rng = torch.Generator().manual_seed(rank)
     if rank == 0:
-        batch = tensors([pack([lay_out(Conversation([3], 2, [4, 3]), rng)], 24)])
+        batch = tensors([pack([lay_out(Conversation([3 * connector.num_queries], 2, [4, 3]), rng)], 24)])
         pixels, pooling = crops_and_pooling([3], rng)
     else:
         batch = tensors([pack([lay_out(Conversation([], 3, [5]), rng)], 24)])
         pixels, pooling = crops_and_pooling([], rng)
+    if connector.padding_embedding is not PaddingEmbedding.none:
+        batch["patch_masks"] = torch.ones(1, PATCHES)
     return {**batch, "pixel_values": pixels, "pooling": pooling}
 
 
@@ -34,7 +36,7 @@ def train_rank(rank: int, params: ModelConfig, folder: str) -> None:
     for block in [*model.model.vision_backbone.encoder.blocks, *model.model.language_model.layers]:
         fully_shard(block)
     fully_shard(model)
-    output = model(**rank_batch(rank))
+    output = model(**rank_batch(rank, params.connector))
     output.loss_sum.backward()
     full = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     if rank == 0:
@@ -44,13 +46,27 @@ def train_rank(rank: int, params: ModelConfig, folder: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoder", ["siglip", "clip"])
-def test_two_ranks_equal_one_process(encoder, make_params, tmp_path):
-    params = make_params(encoder=encoder)
+@pytest.mark.parametrize(
+    ("encoder", "connector"),
+    [
+        ("siglip", {}),
+        ("clip", {}),
+        (
+            "clip",
+            {
+                "pooling": Pooling.c_abstractor,
+                "num_queries": 4,
+                "padding_embedding": PaddingEmbedding.pad_and_partial_pad,
+            },
+        ),
+    ],
+)
+def test_two_ranks_equal_one_process(encoder, connector, make_params, tmp_path):
+    params = make_params(encoder=encoder, connector=connector)
     mp.spawn(train_rank, args=(params, str(tmp_path)), nprocs=WORLD)
     sharded = torch.load(tmp_path / "result.pt", weights_only=True)
     model = random_weights(build_model(params, 1)).train()
-    losses = [model(**rank_batch(rank)).loss_sum for rank in range(WORLD)]
+    losses = [model(**rank_batch(rank, params.connector)).loss_sum for rank in range(WORLD)]
     (sum(losses) / WORLD).backward()  # FSDP averages
     assert sharded["loss_sum"].item() == pytest.approx(losses[0].item(), rel=1e-6)
     for name, parameter in model.named_parameters():

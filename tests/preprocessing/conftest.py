@@ -1,5 +1,6 @@
 """Small preprocessors for the tests of this room."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,14 @@ TOKENIZER = "molmo_model/preprocessing/tokenizers/bytes512"
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tokenizer):
+    """The same with the two tokens of ChatML, ids 512 and 513; its end of text stays another one."""
+    chat = copy.deepcopy(tokenizer)
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return chat
 
 
 @pytest.fixture(scope="session")

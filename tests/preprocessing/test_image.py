@@ -1,25 +1,24 @@
 """Decoding pictures of real kinds, and resizing against PIL and against torch in float32."""
 
 import io
+import multiprocessing
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
+from PIL import ImageOps
 from skimage import data as pictures
 from torch.nn.functional import interpolate
 
 from molmo_model.errors import ConfigError, DataError
-from molmo_model.preprocessing.image import RESIZE_METHODS, decode_image, letterbox_size, resize
-from tests.preprocessing.examples import png
-
-
-def saved(image: PILImage.Image, form: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
+from molmo_model.preprocessing.image import RESIZE_METHODS, decode_image, resize
+from molmo_model.preprocessing.tiling import Box, letterbox_box, letterbox_size
+from tests.preprocessing.examples import headers, png, saved
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -50,6 +49,131 @@ def test_real_pictures(name):
 def test_jpeg_is_what_pil_reads():
     data = saved(PILImage.fromarray(pictures.astronaut()), "JPEG", quality=85)
     np.testing.assert_array_equal(decode_image(data), np.asarray(PILImage.open(io.BytesIO(data)).convert("RGB")))
+
+
+def as_pil_reads(data: bytes) -> np.ndarray:
+    image = PILImage.open(io.BytesIO(data))
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (17, 33), (200, 220)])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"quality": 30}, {"optimize": True}], ids=str)
+def test_every_kind_of_jpeg_is_what_pil_reads(shape, subsampling, options):
+    """The decoder is OpenCV's: the same pixels to the bit, in colour and in grey."""
+    picture = PILImage.fromarray(np.resize(pictures.astronaut()[:200, :220], (*shape, 3)))
+    for image in (picture, picture.convert("L")):
+        data = saved(image, "JPEG", subsampling=subsampling, **options)
+        np.testing.assert_array_equal(decode_image(data), as_pil_reads(data))
+
+
+def test_damaged_jpegs_are_errors_or_what_pil_reads():
+    """Bytes changed, cut out and cut off. OpenCV may fill up a picture that PIL gives up; it shows no other."""
+    rng = np.random.default_rng(0)
+    whole = saved(PILImage.fromarray(pictures.astronaut()[:96, :120]), "JPEG", quality=90)
+    read = 0
+    for turn in range(150):
+        data = bytearray(whole)
+        place = int(rng.integers(2, len(data)))
+        if turn % 3 == 0:
+            data = data[:place]
+        elif turn % 3 == 1:
+            data[place] = int(rng.integers(0, 256))
+        else:
+            del data[place : place + int(rng.integers(1, 40))]
+        try:
+            ours = decode_image(bytes(data))
+        except DataError:
+            with pytest.raises((OSError, SyntaxError, ValueError)):
+                PILImage.open(io.BytesIO(bytes(data))).load()
+            continue
+        assert turn % 3 != 0, "a truncated file was taken for a whole one"
+        try:
+            theirs = as_pil_reads(bytes(data))
+        except OSError:
+            continue
+        np.testing.assert_array_equal(ours, theirs)
+        read += 1
+    assert read > 50
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "options"),
+    [
+        ("PNG", "LA", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {}),
+        ("PNG", "1", {}),
+        ("PNG", "I;16", {}),
+        ("TIFF", "CMYK", {}),
+        ("TIFF", "YCbCr", {}),
+        ("TIFF", "LAB", {}),
+        ("TIFF", "LA", {}),
+        ("TIFF", "F", {}),
+        ("TIFF", "I", {}),
+        ("JPEG", "CMYK", {"quality": 95}),
+        ("JPEG", "YCbCr", {"quality": 95}),
+        ("GIF", "P", {}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("BMP", "P", {}),
+        ("BMP", "L", {}),
+        ("PPM", "1", {}),
+        ("PPM", "L", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(40, 50), (1, 30), (30, 1), (1, 1)])
+def test_every_mode_shows_the_same_picture(form, mode, options, shape):
+    """A grey ramp, saved in each mode, comes back as three equal channels within what the mode can hold."""
+    grey = np.linspace(0, 255, shape[0] * shape[1]).reshape(shape).round().astype(np.uint8)
+    image = PILImage.fromarray(grey)
+    if mode == "1":
+        grey = (grey > 127).astype(np.uint8) * 255
+        image = PILImage.fromarray(grey).convert("1")
+    elif mode == "I;16":
+        image = PILImage.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "I":
+        image = PILImage.fromarray(grey.astype(np.int32) * 257)
+    elif mode == "F":
+        image = PILImage.fromarray(grey.astype(np.float32))
+    elif mode == "CMYK":
+        zeros = np.zeros((*shape, 3), dtype=np.uint8)
+        image = PILImage.fromarray(np.dstack([zeros, 255 - grey]), "CMYK")
+    elif mode == "LAB":
+        lab = np.dstack([grey, np.zeros((*shape, 2), dtype=np.uint8)])
+        image = PILImage.frombytes("LAB", (shape[1], shape[0]), lab.tobytes())
+    elif mode == "P":
+        image = image.convert("RGB").convert("P", palette=PILImage.Palette.ADAPTIVE)
+    else:
+        image = image.convert("RGB").convert(mode)
+    decoded = decode_image(saved(image, form, **options)).astype(int)
+    assert decoded.shape == (*shape, 3)
+    if mode == "LAB":  # lightness is no grey level: only order and neutrality are kept
+        assert (np.ptp(decoded, axis=2) <= 3).all() and (np.diff(decoded[..., 1].ravel()) >= 0).all()
+        return
+    allowed = {"P": 3, "YCbCr": 3, "CMYK": 3}.get(mode, 0)
+    assert np.abs(decoded - grey[..., None]).max() <= allowed
+
+
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(form):
+    frames = [PILImage.new("RGB", (30, 20), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = saved(frames[0], form, save_all=True, append_images=frames[1:], **options)
+    assert PILImage.open(io.BytesIO(data)).n_frames == 3
+    np.testing.assert_array_equal(decode_image(data), np.full((20, 30, 3), (255, 0, 0)))
+
+
+def test_sixteen_bit_colour_keeps_the_high_byte():
+    values = noise(5, 6, 3).astype(np.uint16) * 256 + noise(5, 6, 3, seed=1)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", 6, 5, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    np.testing.assert_array_equal(decode_image(data), values >> 8)
 
 
 def test_palette_and_one_bit():
@@ -119,6 +243,15 @@ def test_exif_orientation(orientation, form):
     np.testing.assert_array_equal(decode_image(data), UPRIGHT[orientation](plain))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"no exif at all", b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12"])
+def test_exif_that_cannot_be_read_is_no_reason_to_refuse_a_picture(exif, form):
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = saved(PILImage.new("RGB", (30, 20), "red"), form, exif=exif, **options)
+    assert np.abs(decode_image(data).astype(int) - (255, 0, 0)).max() <= 1
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1)])
 def test_thin_pictures(shape):
     pixels = noise(*shape, 3)
@@ -142,17 +275,49 @@ def test_what_is_no_picture_is_an_error(data):
         decode_image(data)
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "PPM", "WEBP"])
 @pytest.mark.parametrize("side", [8_000, 100_000])
-def test_a_bomb_is_refused_from_its_header(side):
-    """A PNG of a hundred bytes that claims gigabytes of pixels."""
+def test_a_bomb_is_refused_from_its_header(side, form):
+    """A file of a few hundred bytes that claims gigabytes of pixels."""
+    with pytest.raises(DataError, match=r"photo 7: (.*50000000|cannot be decoded)"):
+        decode_image(headers(side, side)[form], name="photo 7")
 
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    with pytest.raises(DataError, match="50000000"):
+BOUNDED = """
+import resource, sys
+import numpy as np
+from PIL import Image
+from molmo_model.errors import DataError
+from molmo_model.preprocessing.image import decode_image
+from tests.preprocessing.examples import headers, saved
+
+decode_image(saved(Image.new("RGB", (64, 64)), "JPEG"))
+claims = headers(100_000, 100_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for form, data in claims.items():
+    try:
         decode_image(data)
+    except DataError as error:
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        print(form, round(grown), error)
+    else:
+        sys.exit(f"{form} was decoded")
+"""
+
+
+def test_bombs_cost_no_memory():
+    """Ten gigapixels as each format can claim them: seen 0 MiB of growth, 8 allowed; an image of them is 30 GB."""
+    done = subprocess.run([sys.executable, "-c", BOUNDED], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    growth = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
+    assert len(growth) == 7 and max(growth.values()) <= 8, done.stdout
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "BMP", "PPM", "WEBP"])
+@pytest.mark.parametrize("size", [(0, 0), (0, 10), (10, 0)])
+def test_pictures_without_pixels_are_errors(form, size):
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_image(headers(*size)[form])
 
 
 def test_the_bound_counts_pixels():
@@ -216,3 +381,64 @@ def test_resizing_leaves_its_input_alone(method):
 def test_unknown_method_lists_the_known():
     with pytest.raises(ConfigError, match="siglip"):
         resize(noise(4, 4, 3), 8, 8, "siglib")
+
+
+def work(seed: int) -> bytes:
+    """Decoding and resizing of one picture."""
+    picture = decode_image(saved(PILImage.fromarray(noise(300, 451, 3, seed=seed)), "JPEG"))
+    return b"".join(resize(picture, 644, 378, method).tobytes() for method in RESIZE_METHODS)
+
+
+def test_the_same_bytes_again_and_in_forked_workers():
+    here = [work(seed) for seed in range(4)]
+    assert here == [work(seed) for seed in range(4)]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map_async(work, range(4)).get(timeout=60) == here
+
+
+@pytest.mark.parametrize("method", RESIZE_METHODS)
+@pytest.mark.parametrize("size", [(378, 378), (64, 64), (644, 910), (150, 226), (600, 902), (1, 1), (3, 2000)])
+def test_exact_resizing_is_that_of_float32_and_the_fast_one_within_a_level(method, size):
+    """Shrinking, growing, by exact halves and doubles."""
+    image, how = pictures.chelsea(), RESIZE_METHODS[method]
+    exact, fast = (resize(image, *size, method, exact=exact) for exact in (True, False))
+    box = letterbox_box(300, 451, *size) if how.letterbox else Box(0, 0, *size)
+    inside = (slice(box.top, box.top + box.height), slice(box.left, box.left + box.width))
+    expected = np.zeros((*size, 3), dtype=np.uint8)
+    mode = "bicubic" if how.bicubic else "bilinear"
+    expected[inside] = in_float(image, box.height, box.width, mode, how.antialias)
+    np.testing.assert_array_equal(exact, expected)
+    assert np.abs(fast.astype(int) - exact).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40_000), (40_000, 1), (80, 1), (700, 2), (40_000, 9), (2, 3)])
+def test_extreme_shapes_within_a_level_of_float32(shape):
+    """Long thin pictures too: torch's own uint8 filter is up to 195 levels off where the result is one pixel wide."""
+    image = noise(*shape, 3)
+    for method in ("siglip", "default"):
+        exact, fast = (resize(image, 70, 90, method, exact=exact).astype(int) for exact in (True, False))
+        assert np.abs(fast - exact).max() <= 1
+
+
+@pytest.mark.parametrize("method", RESIZE_METHODS)
+@pytest.mark.parametrize("exact", [False, True])
+def test_resizing_writes_where_it_is_told(method, exact):
+    """A crop of a larger array is filled whole, and nothing beside it is touched; strided sources are read right."""
+    image = noise(90, 120, 3)
+    crops = np.full((3, 64, 64, 3), 7, dtype=np.uint8)
+    assert resize(image, 64, 64, method, exact=exact, out=crops[1]) is not None
+    np.testing.assert_array_equal(crops[1], resize(image, 64, 64, method, exact=exact))
+    assert (crops[[0, 2]] == 7).all()
+    turned = image[::-1].swapaxes(0, 1)
+    np.testing.assert_array_equal(
+        resize(turned, 64, 70, method, exact=exact), resize(turned.copy(), 64, 70, method, exact=exact)
+    )
+
+
+def test_nothing_heavy_is_loaded_before_the_first_picture():
+    """Stages that only plan import the preprocessor, too."""
+    code = (
+        "import sys, molmo_model.preprocessing.preprocessor; print({'cv2', 'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "set()"

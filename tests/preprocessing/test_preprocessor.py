@@ -127,9 +127,12 @@ def test_pixels_and_windows_of_an_image(build, shape, mode):
     encoded = pre.encode(one)
     image = decode_image(one.images[0].data)
     assert (encoded.input_ids == PATCH).sum() == len(encoded.pooling) == encoded.image_token_counts.sum()
+    fused = mode is CropMode.hierarchical
     patches = encoded.pixels.reshape(-1, 4, 16, 4, 16, 3).swapaxes(2, 3).reshape(-1, 16, 16, 3)
     views = []
-    if mode is not CropMode.overlap_and_resize:
+    if fused:
+        np.testing.assert_array_equal(encoded.pixels[0], resize(image, 64, 64, "siglip"))
+    elif mode is not CropMode.overlap_and_resize:
         views.append(resize(image, 64, 64, "siglip"))
     if mode is not CropMode.resize:
         rows = np.flatnonzero(encoded.input_ids == START)
@@ -137,7 +140,9 @@ def test_pixels_and_windows_of_an_image(build, shape, mode):
         height = int((tokens == COL).sum())
         width = int((tokens == PATCH).sum()) // height
         views.append(resize(image, height * 32, width * 32, "siglip"))  # every tiling's grid is even here
-    windows = np.split(encoded.pooling, np.cumsum([view.shape[0] * view.shape[1] // 32**2 for view in views])[:-1])
+    windows = np.split(
+        encoded.pooling[:, :4], np.cumsum([view.shape[0] * view.shape[1] // 32**2 for view in views])[:-1]
+    )
     for view, found in zip(views, windows, strict=True):
         blocks = view.reshape(view.shape[0] // 32, 2, 16, -1, 2, 16, 3).transpose(0, 3, 1, 4, 2, 5, 6)
         np.testing.assert_array_equal(patches[found], blocks.reshape(-1, 4, 16, 16, 3))
@@ -176,11 +181,12 @@ LABELLED = Conversation(
 @pytest.mark.parametrize("system_prompt", ["none", "style"])
 @pytest.mark.parametrize("message_format", MessageFormat)
 @pytest.mark.parametrize("sizes", [((96, 96),), ((30, 30), (96, 70)), ()])
-def test_the_prompt_is_what_training_feeds(build, conversation, system_prompt, message_format, sizes):
+def test_the_prompt_is_what_training_feeds(build, chat_tokenizer, conversation, system_prompt, message_format, sizes):
     if conversation is LABELLED and not sizes:
         return
     pre = build(system_prompt=system_prompt)
-    pre = Preprocessor(dataclasses.replace(pre.config, message_format=message_format), pre.tokenizer)
+    tokenizer = chat_tokenizer if message_format is MessageFormat.chatml else pre.tokenizer
+    pre = Preprocessor(dataclasses.replace(pre.config, message_format=message_format), tokenizer)
     one = example([TREE[2], conversation], sizes)
     prompt, trained = pre.encode_prompt(one, 1), pre.encode(one, [1])
     length = len(prompt)
@@ -195,7 +201,8 @@ def test_the_prompt_is_what_training_feeds(build, conversation, system_prompt, m
     wanted = '<points x1="1.0" y1="2.0" x2="50.0" y2="3.0" alt="cars">cars</points>'
     answer = conversation.messages[-1].text or wanted
     assert pre.decode(expected.tolist()) == answer
-    assert pre.decode(prompt.input_ids.tolist()).endswith(prompt.prompt_text)
+    plain = prompt.prompt_text.replace("<|im_start|>", "").replace("<|im_end|>", "")
+    assert plain and pre.decode(prompt.input_ids.tolist()).endswith(plain.rstrip("\n"))
     assert not prompt.prompt_text.endswith(" ")
 
 

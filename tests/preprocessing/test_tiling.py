@@ -16,6 +16,7 @@ from transformers.models.molmo2.processing_molmo2 import Molmo2Processor
 
 from molmo_model.errors import ConfigError
 from molmo_model.model_config import CropMode
+from molmo_model.preprocessing.crops import cut_crops
 from molmo_model.preprocessing.image import resize
 from molmo_model.preprocessing.tiling import (
     HOLE,
@@ -23,7 +24,6 @@ from molmo_model.preprocessing.tiling import (
     IM_PATCH,
     IMAGE_TOKENS,
     TilingSpec,
-    cut_crops,
     layout,
     pool_windows,
     select_tiling,

@@ -5,11 +5,15 @@ Two forms are read, `docs/guides/own_data.md` shows an example of each:
 - messages, as transformers' processors take them: `{"id", "images": [...], "messages": [{"role", "content"}]}`
 - LLaVA: `{"id", "image": "...", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}`
 
+A row may have films in place of images: `videos` or `video`, entries `"film.mp4"` or `{"path", "clip_start",
+"clip_end"}` in seconds; beside a single film the clip may stand in the row itself. Their place in messages is `{"type":
+"video"}`, in LLaVA's text `<video>`.
+
 One row is one example with one conversation. What is wrong with a row becomes a `BadRow` with file, line, id, field and
 reason; nothing is guessed and nothing is left out silently.
 
-Images, not rows, are divided between training and evaluation: by a hash of their bytes, so rows that share an image,
-directly or through other rows, always stand on the same side.
+Images and films, not rows, are divided between training and evaluation: by a hash of their bytes, so rows that share an
+image, directly or through other rows, always stand on the same side, and so do all clips of one film.
 """
 
 import difflib
@@ -23,6 +27,7 @@ from molmo_model.artifacts import digest_of
 from molmo_model.config import DatasetConfig
 from molmo_model.data.datasets.chat_images import ImageSource
 from molmo_model.data.datasets.chat_rows import RawRow, RowError, read_rows
+from molmo_model.data.datasets.chat_videos import CLIP_FIELDS, VideoSource, split_clip
 from molmo_model.data.datasets.options import parse_options
 from molmo_model.data.example import (
     SPLITS,
@@ -40,6 +45,9 @@ from molmo_model.storage import open_file
 
 PLACEHOLDER = "<image>"
 """Where LLaVA's text has an image."""
+PLACEHOLDERS = (PLACEHOLDER, "<video>")
+PARTS = ("image", "video")
+"""What messages have places for, in the order of `PLACEHOLDERS`."""
 POINT_UNITS = ("percent", "pixel")
 MAX_ID_LETTERS = 256
 STYLE = re.compile(r"[\w.:-]{1,64}")
@@ -48,6 +56,10 @@ FIELDS = (
     "id",
     "images",
     "image",
+    "videos",
+    "video",
+    "clip_start",
+    "clip_end",
     "messages",
     "conversations",
     "points",
@@ -87,6 +99,7 @@ def make(config: DatasetConfig, seed: int) -> Iterator[tuple[str, Example | BadR
     """
     options = parse_options(Options, config)
     path, images = _path(config), ImageSource(config)
+    videos = VideoSource(images)
     sides = _Sides(config.eval_fraction)
     rows = 0
     for row in read_rows(path):
@@ -101,7 +114,7 @@ def make(config: DatasetConfig, seed: int) -> Iterator[tuple[str, Example | BadR
         try:
             if row.error is not None:
                 raise row.error
-            example = _example(row.fields, images, options)
+            example = _example(row.fields, images, videos, options)
             if example.id in lines:
                 raise RowError("id", f"stands in line {lines[example.id]} already; ids must be unique")
             split = sides.side(example, row.fields.get("split"))
@@ -121,7 +134,7 @@ def fingerprint(config: DatasetConfig, seed: int) -> dict[str, str]:
     with open_file(path, "rb") as file:
         while part := file.read(2**20):
             digest.update(part)
-    names = {name for row in read_rows(path) for item in _image_items(row.fields) if (name := images.name(item))}
+    names = {name for row in read_rows(path) for item in _file_items(row.fields) if (name := images.name(item))}
     return {path: digest.hexdigest(), f"{path} images": digest_of({name: images.digest(name) for name in names})}
 
 
@@ -140,7 +153,7 @@ class _Sides:
     def learn(self, row: RawRow, images: ImageSource) -> None:
         """Takes in what a row says of its images. Most rows, with one image and no `split`, say nothing; only the
         others are read here, a first time."""
-        items, asked = _image_items(row.fields), row.fields.get("split")
+        items, asked = _file_items(row.fields), row.fields.get("split")
         if len(items) < 2 and asked is None:
             return
         try:
@@ -161,11 +174,11 @@ class _Sides:
         Raises:
             RowError: the row asks for another side than the one that its images are on already.
         """
-        if not example.images:
+        if not example.files:
             # equal texts go to one side too
             texts = [[message.role, message.text] for message in example.conversations[0].messages]
             return asked or self._drawn(digest_of(texts))
-        root = self._root(example.images[0].sha256)
+        root = self._root(example.files[0].sha256)
         side = self._asked.get(root) or self._drawn(root)
         if asked is not None and asked != side:
             raise RowError("split", f"is {asked!r}, but another row put an image of this one into {side!r}")
@@ -200,7 +213,20 @@ def _image_items(fields: dict[str, Any]) -> list[Any]:
     return items if isinstance(items, list) else []
 
 
-def _example(fields: dict[str, Any], images: ImageSource, options: Options) -> Example:
+def _video_items(fields: dict[str, Any]) -> list[Any]:
+    """The entries of `videos`, or the one of `video`; nothing where they are not well formed."""
+    items = fields.get("videos", [])
+    if "video" in fields:
+        return [fields["video"]]
+    return items if isinstance(items, list) else []
+
+
+def _file_items(fields: dict[str, Any]) -> list[Any]:
+    """Images and films as images are written: without the clips."""
+    return [*_image_items(fields), *(split_clip(item)[0] for item in _video_items(fields))]
+
+
+def _example(fields: dict[str, Any], images: ImageSource, videos: VideoSource, options: Options) -> Example:
     """The example of one row.
 
     Raises:
@@ -209,14 +235,18 @@ def _example(fields: dict[str, Any], images: ImageSource, options: Options) -> E
     """
     _check_fields(fields)
     name = _id(fields)
-    items = _image_items(fields)
+    items, films = _image_items(fields), _video_items(fields)
     messages, places = _messages(fields)
-    if places is not None and places != len(items):
-        raise RowError(
-            "messages" if "messages" in fields else "conversations", f"has {places} places for {len(items)} images"
-        )
+    for kind, count, found in zip(PARTS, places or (), (len(items), len(films)), strict=places is not None):
+        if count != found:
+            field = "messages" if "messages" in fields else "conversations"
+            raise RowError(field, f"has {count} places for {found} {kind}s")
     pictures = tuple(
         images.load(item, "image" if "image" in fields else f"images[{i}]") for i, item in enumerate(items)
+    )
+    clip = {name: fields[name] for name in CLIP_FIELDS if name in fields}
+    clips = tuple(
+        videos.load(item, "video" if "video" in fields else f"videos[{i}]", clip) for i, item in enumerate(films)
     )
     if "points" in fields:
         messages = [*messages, _point_answer(fields, messages, pictures, options)]
@@ -231,7 +261,7 @@ def _example(fields: dict[str, Any], images: ImageSource, options: Options) -> E
     if not STYLE.fullmatch(style):
         raise RowError("style", f"is {style!r}; {STYLE_RULE}")
     conversation = Conversation(style, tuple(messages), float(weight), metadata)
-    return Example(name, pictures, (conversation,))
+    return Example(name, pictures, (conversation,), videos=clips)
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
@@ -241,11 +271,18 @@ def _check_fields(fields: dict[str, Any]) -> None:
             close = difflib.get_close_matches(name, FIELDS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise RowError(name, f"is no field of a row; {hint}what else you know of it goes into `metadata`")
-    for one, other in (("images", "image"), ("messages", "conversations")):
+    for one, other in (("images", "image"), ("videos", "video"), ("messages", "conversations")):
         if one in fields and other in fields:
             raise RowError(other, f"stands beside `{one}`; give one of them")
-    if "images" in fields and not isinstance(fields["images"], list):
-        raise RowError("images", f"is a {type(fields['images']).__name__}; it must be a list")
+    for name in ("images", "videos"):
+        if name in fields and not isinstance(fields[name], list):
+            raise RowError(name, f"is a {type(fields[name]).__name__}; it must be a list")
+    films, images = len(_video_items(fields)), len(_image_items(fields))
+    if films and images:
+        raise RowError("video" if "video" in fields else "videos", "stand beside images; a row has one or the other")
+    for name in CLIP_FIELDS:
+        if name in fields and films != 1:
+            raise RowError(name, f"needs exactly one video; the row has {films}, write it into the entries of `videos`")
     if fields.get("split") not in (None, *SPLITS):
         raise RowError("split", f"is {fields['split']!r}; known: {', '.join(SPLITS)}")
 
@@ -263,8 +300,8 @@ def _id(fields: dict[str, Any]) -> str:
     return name
 
 
-def _messages(fields: dict[str, Any]) -> tuple[list[Message], int | None]:
-    """The turns of a row, and how many places for images they have; None where none is needed."""
+def _messages(fields: dict[str, Any]) -> tuple[list[Message], tuple[int, ...] | None]:
+    """The turns of a row, and how many places for images and for films they have; None where none is needed."""
     if "messages" in fields:
         return _chat_messages(_typed(fields, "messages", list, []))
     if "conversations" in fields:
@@ -272,56 +309,65 @@ def _messages(fields: dict[str, Any]) -> tuple[list[Message], int | None]:
     raise RowError("messages", "is missing")
 
 
-def _chat_messages(turns: list[Any]) -> tuple[list[Message], int | None]:
-    messages, places, has_parts = [], 0, False
+def _chat_messages(turns: list[Any]) -> tuple[list[Message], tuple[int, ...] | None]:
+    messages, places, has_parts = [], [0, 0], False
     for i, turn in enumerate(turns):
         where = f"messages[{i}]"
         _check_keys(turn, ("role", "content"), where)
         role, content = turn.get("role"), turn.get("content")
         if isinstance(content, list):
             has_parts = True
-            text, count = _join_parts(content, f"{where}.content")
+            text, counts = _join_parts(content, f"{where}.content")
         else:
-            text, count = content, 0
-        if count and i:
-            raise RowError(f"{where}.content", "has an image; images stand in the first message, where Molmo sees them")
+            text, counts = content, [0, 0]
+        for kind, count in zip(PARTS, counts, strict=True):
+            if count and i:
+                article = "an" if kind == "image" else "a"
+                raise RowError(
+                    f"{where}.content",
+                    f"has {article} {kind}; {kind}s stand in the first message, where Molmo sees them",
+                )
         messages.append(_message(role, text, where, "role", "content"))
-        places += count
-    return messages, places if has_parts else None
+        places = [sum(pair) for pair in zip(places, counts, strict=True)]
+    return messages, tuple(places) if has_parts else None
 
 
-def _join_parts(parts: list[Any], where: str) -> tuple[str, int]:
-    """The text of a list of parts, and how many of them are images."""
-    texts, images = [], 0
+def _join_parts(parts: list[Any], where: str) -> tuple[str, list[int]]:
+    """The text of a list of parts, and how many of them are images and films."""
+    texts, counts = [], [0, 0]
     for i, part in enumerate(parts):
         _check_keys(part, ("type", "text"), f"{where}[{i}]")
         kind, text = part.get("type"), part.get("text")
-        if kind == "image" and text is None:
-            images += 1
+        if kind in PARTS and text is None:
+            counts[PARTS.index(kind)] += 1
         elif kind == "text" and isinstance(text, str):
             texts.append(text.strip())
         else:
-            raise RowError(f"{where}[{i}]", 'is neither {"type": "image"} nor {"type": "text", "text": "..."}')
-    return " ".join(text for text in texts if text), images
+            raise RowError(
+                f"{where}[{i}]", 'is neither {"type": "image"}, {"type": "video"} nor {"type": "text", "text": "..."}'
+            )
+    return " ".join(text for text in texts if text), counts
 
 
-def _llava_messages(turns: list[Any]) -> tuple[list[Message], int]:
-    messages, places = [], 0
+def _llava_messages(turns: list[Any]) -> tuple[list[Message], tuple[int, ...]]:
+    messages, places = [], [0, 0]
     for i, turn in enumerate(turns):
         where = f"conversations[{i}]"
         _check_keys(turn, ("from", "value"), where)
         value = turn.get("value")
-        count = value.count(PLACEHOLDER) if isinstance(value, str) else 0
-        if count and i:
-            raise RowError(
-                f"{where}.value", f"has {PLACEHOLDER}; images stand in the first turn, where Molmo sees them"
-            )
-        text = value.replace(PLACEHOLDER, "") if count else value
+        text = value
+        for number, (kind, placeholder) in enumerate(zip(PARTS, PLACEHOLDERS, strict=True)):
+            count = text.count(placeholder) if isinstance(text, str) else 0
+            if count and i:
+                raise RowError(
+                    f"{where}.value", f"has {placeholder}; {kind}s stand in the first turn, where Molmo sees them"
+                )
+            text = text.replace(placeholder, "") if count else text
+            places[number] += count
         speaker = turn.get("from")
         role = LLAVA_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
         messages.append(_message(role, text, where, "from", "value"))
-        places += count
-    return messages, places
+    return messages, tuple(places)
 
 
 def _message(role: Any, text: Any, where: str, role_field: str, text_field: str) -> Message:
@@ -332,10 +378,11 @@ def _message(role: Any, text: Any, where: str, role_field: str, text_field: str)
         raise RowError(
             f"{where}.{text_field}", "is empty" if text in (None, "") or isinstance(text, str) else "is no text"
         )
-    if PLACEHOLDER in text:
-        raise RowError(
-            f"{where}.{text_field}", f'has {PLACEHOLDER} as text; write {{"type": "image"}} as a part instead'
-        )
+    for kind, placeholder in zip(PARTS, PLACEHOLDERS, strict=True):
+        if placeholder in text:
+            raise RowError(
+                f"{where}.{text_field}", f'has {placeholder} as text; write {{"type": "{kind}"}} as a part instead'
+            )
     if problem := plain_problem(text, f"{where}.{text_field}"):
         raise RowError(*problem)
     return Message(role, text.strip())
@@ -346,7 +393,8 @@ def _check_keys(value: Any, names: tuple[str, ...], where: str) -> None:
         raise RowError(where, f"is a {type(value).__name__}; it must have {' and '.join(names)}")
     for name in value:
         if name not in names and value[name] is not None:
-            hint = "; name the image in the row's `images`" if name in ("image", "image_url", "url", "path") else ""
+            named = name in ("image", "image_url", "video", "url", "path")
+            hint = "; name the image in the row's `images`, a film in its `videos`" if named else ""
             raise RowError(f"{where}.{name}", f"is an unknown field; known: {', '.join(names)}{hint}")
 
 

@@ -1,0 +1,149 @@
+"""Processor and chat template: the text of a prompt has exactly the preprocessor's tokens."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from molmo_model.config import params_from_dict
+from molmo_model.data.example import Conversation, Example, Message
+from molmo_model.errors import DataError
+from molmo_model.model_config import MessageFormat
+from molmo_model.nn.build import build_model
+from molmo_model.preprocessing.preprocessor import Preprocessor
+from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
+from molmo_model.preprocessing.prompts import SystemPrompt
+from molmo_model.preprocessing.tokenizer import load_tokenizer
+from molmo_model.processing import IMAGE, MolmoProcessor, as_image
+from molmo_model.source_digest import ROOT
+
+BYTES = "molmo_model/preprocessing/tokenizers/bytes512"
+TALK = ["What is <this>?", "A cat.", "And  how many\nlegs?", "Four.", "Point at them. "]
+
+
+def make_preprocessor(**changes: Any) -> Preprocessor:
+    tokenizer = load_tokenizer(BYTES)
+    if changes.get("message_format") is MessageFormat.chatml:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    sizes = {"image_size": 64, "patch_size": 16, "pooling_size": (2, 2), "resize": "siglip", "vocab_size": 520}
+    return Preprocessor(
+        PreprocessorConfig(**{**sizes, "overlap_margins": (1, 1), "max_crops": 4, **changes}), tokenizer
+    )
+
+
+def pictures(count: int) -> list[PIL.Image.Image]:
+    rng = np.random.default_rng(3)
+    return [PIL.Image.fromarray(rng.integers(0, 256, (40 + 30 * i, 90, 3), dtype=np.uint8)) for i in range(count)]
+
+
+def messages_of(texts: list[str], images: list[Any]) -> list[dict[str, Any]]:
+    roles = ("user", "assistant")
+    out = [{"role": roles[i % 2], "content": [{"type": "text", "text": text}]} for i, text in enumerate(texts)]
+    out[0]["content"] = [*({"type": "image", "image": image} for image in images), *out[0]["content"]]
+    return out
+
+
+@pytest.mark.parametrize("turns", [1, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("message_format", list(MessageFormat))
+@pytest.mark.parametrize("system_prompt", list(SystemPrompt))
+def test_the_template_s_text_has_the_preprocessor_s_tokens(
+    turns: int, count: int, message_format: MessageFormat, system_prompt: SystemPrompt
+) -> None:
+    processor = MolmoProcessor(make_preprocessor(message_format=message_format, system_prompt=system_prompt))
+    images = pictures(count)
+    messages = messages_of(TALK[:turns], images)
+    text = processor.apply_chat_template(messages, style="chat")
+    found = processor(text, images or None)
+    roles = ("user", "assistant")
+    said = (*(Message(roles[i % 2], text) for i, text in enumerate(TALK[:turns])), Message("assistant", "?"))
+    example = Example("x", tuple(map(as_image, images)), (Conversation("chat", said),))
+    expected = processor.preprocessor.encode_prompt(example)
+    assert found["input_ids"][0].tolist() == expected.input_ids.tolist()
+    assert found["mm_token_type_ids"][0].tolist() == expected.image_ids.tolist()
+    assert ("pixel_values" in found) is (count > 0)
+    if count:
+        assert np.array_equal(found["pixel_values"].numpy(), expected.pixels)
+        assert np.array_equal(found["pooling"].numpy(), expected.pooling)
+    direct = processor.apply_chat_template(messages, tokenize=True, style="chat")
+    assert direct.keys() == found.keys()
+    for name in direct:
+        assert torch.equal(direct[name], found[name]), name
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = params_from_dict({"version": 2, "models": {"x": {"preset": "demo"}}}, "test").models["x"]
+    built = build_model(model, seed=1)
+    built.save_pretrained(folder)
+    vocab = built.config.text_config.vocab_size
+    MolmoProcessor(make_preprocessor(vocab_size=vocab)).save_pretrained(folder)
+    return folder
+
+
+def test_a_batch_of_prompts_is_answered_like_each_alone(checkpoint: Path) -> None:
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    assert isinstance(processor, MolmoProcessor)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
+    images = [pictures(1), [], pictures(3)]
+    texts = [processor.apply_chat_template(messages_of(["Read it."], some)) for some in images]
+    batch = processor(texts, images)
+    assert batch["input_ids"].shape[0] == 3
+    said = model.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    alone = []
+    for text, some in zip(texts, images, strict=True):
+        one = processor(text, some or None)
+        alone.append(model.generate(**one, max_new_tokens=5, do_sample=False)[0, one["input_ids"].shape[1] :])
+    assert processor.batch_decode(said) == processor.batch_decode(alone)
+
+
+def test_what_is_saved_comes_back(checkpoint: Path, tmp_path: Path) -> None:
+    processor = MolmoProcessor.from_pretrained(checkpoint)
+    processor.save_pretrained(tmp_path)
+    again = MolmoProcessor.from_pretrained(tmp_path)
+    assert again.chat_template == processor.chat_template == (tmp_path / "chat_template.jinja").read_text()
+    assert again.config == processor.config
+    # any program that knows tokenizers alone gets the same text
+    text = again.tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template=again.chat_template,
+                                               tokenize=False)  # fmt: skip
+    assert text == again.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.slow
+def test_one_import_is_all_that_a_fresh_process_needs(checkpoint: Path) -> None:
+    code = f"""
+import molmo_model.processing
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained({str(checkpoint)!r})
+model = AutoModelForImageTextToText.from_pretrained({str(checkpoint)!r})
+inputs = processor.apply_chat_template([{{"role": "user", "content": "Read it."}}], tokenize=True)
+print(len(processor.batch_decode(model.generate(**inputs, max_new_tokens=3)[:, inputs["input_ids"].shape[1]:])))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["1"]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    processor = MolmoProcessor(make_preprocessor())
+    text = processor.apply_chat_template(messages_of(["Hi"], pictures(1)))
+    assert text.count(IMAGE) == 1
+    with pytest.raises(DataError, match=r"1 <\|image\|> for 2 images"):
+        processor(text, pictures(2))
+    with pytest.raises(DataError, match="does not begin with"):
+        processor("Hi " + IMAGE, pictures(1))
+    with pytest.raises(DataError, match="take turns"):
+        processor.apply_chat_template([{"role": "assistant", "content": "Hi"}])
+    with pytest.raises(DataError, match="end with a question"):
+        processor.apply_chat_template(messages_of(["Hi", "Yes"], []))
+    with pytest.raises(DataError, match="'video'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}])
+    with pytest.raises(DataError, match="give a PIL image"):
+        as_image(3)
