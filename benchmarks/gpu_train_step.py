@@ -1,6 +1,7 @@
 """G1, G3: one training step of a model of 1.9 billion parameters: milliseconds, tokens/s, MFU, memory.
 
-    python -m benchmarks.gpu_train_step [--quick] [--checkpointing full] [--no-compile] [--sequences 8]
+    python -m benchmarks.gpu_train_step [--quick] [--checkpointing full] [--no-compile] [--sequences 8] [--profile FILE]
+    python -m benchmarks.gpu_train_step --model he_molmo --tokens 512     # 0: the same sequences with all tokens
     python -m benchmarks.gpu_train_step --device cpu --tiny      # the same code at toy sizes, to see that it runs
 
 CLIP ViT-L/14-336 (23 blocks) and a language model of Qwen2-1.5B's shapes, random weights, everything trained: bf16
@@ -8,7 +9,10 @@ compute over fp32 masters through the project's own FSDP2 on one rank, fused Ada
 One sequence is 2,536 tokens with 13 crops, 1,872 image tokens and 512 answered ones; sequences are packed into one row.
 The peer is transformers' own Molmo2 of the same sizes in the same process: fp32 weights under bf16 autocast, sdpa,
 fused AdamW, one gradient norm; every sequence is a row. MFU counts useful FLOPs only (causal attention within a
-sequence, logits of answered tokens, no recomputation), against 989 TF/s of one H100.
+sequence, logits of answered tokens, no recomputation), against 989 TF/s of one H100. The sides run one after the other,
+because both do not fit into 80 GB.
+
+A HeMolmo has sequences of its own (`benchmarks.he_molmo`), no peer and no MFU: compare numbers of its tokens.
 
 Before anything is timed, block-sparse masks are compared with dense ones: attention alone at several head widths and
 lengths, and a small model's loss and gradients; a difference beyond the tolerance ends the benchmark with an error.
@@ -35,6 +39,7 @@ import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.he_molmo import gpu_batch, gpu_model
 from molmo_model.config import ComponentOptim, OptimConfig, Precision
 from molmo_model.model_config import ConnectorConfig, LanguageConfig, ModelConfig, VisionConfig
 from molmo_model.nn.attention import allowed, block_mask, dense_mask, masks_for, molmo_attention
@@ -96,8 +101,8 @@ def molmo(tiny: bool) -> ModelConfig:
     return ModelConfig(vision=vision, connector=ConnectorConfig(num_heads=16), language=language, tokenizer=TOKENIZER)
 
 
-MODELS: dict[str, Callable[[bool], ModelConfig]] = {"molmo": molmo}
-"""What `--model` chooses from: whether tiny, to the params."""
+MODELS: dict[str, Callable[[bool, int], ModelConfig]] = {"molmo": lambda tiny, _: molmo(tiny), "he_molmo": gpu_model}
+"""What `--model` chooses from: whether tiny, and the high-resolution tokens that a HeMolmo keeps, to the params."""
 
 
 def sequence(config: MolmoConfig, shape: Shape, rng: torch.Generator) -> dict[str, Tensor]:
@@ -169,7 +174,7 @@ def random_part(model: nn.Module) -> None:
                 nn.init.constant_(parameter, float("norm" in name and name.endswith("weight")))
 
 
-def our_step(config: MolmoConfig, args: argparse.Namespace, parts: list[dict[str, Tensor]]) -> Callable[[], float]:
+def our_step(config: MolmoConfig, args: argparse.Namespace, batch: dict[str, Tensor]) -> Callable[[], float]:
     """A step as the trainer does it; the returned function runs one and gives its loss."""
     device = torch.device(args.device)
     with torch.device("meta"):
@@ -185,7 +190,7 @@ def our_step(config: MolmoConfig, args: argparse.Namespace, parts: list[dict[str
     if args.compile:
         compile_blocks(model)
     optimizer = build_optimizer(model, OPTIM, component_of)
-    batch = {name: tensor.to(device) for name, tensor in packed(config, parts).items()}
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
     weight, count = float(batch["loss_weights"].sum()), 0
 
     def step() -> float:
@@ -316,14 +321,24 @@ def measure(step: Callable[[], float], args: argparse.Namespace) -> dict[str, An
     }
 
 
-def rates(found: dict[str, Any], sequences: int, shape: Shape, flops: float) -> dict[str, Any]:
-    """Adds tokens/s and MFU."""
+def profiled(step: Callable[[], float], file: str) -> None:
+    """Writes a trace of two steps' kernels for chrome://tracing."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        step()
+    profiler.export_chrome_trace(file)
+
+
+def rates(found: dict[str, Any], sequences: int, tokens: int, flops: float) -> dict[str, Any]:
+    """Adds tokens/s, images/s and, where the FLOPs of a sequence are known, MFU."""
     seconds = found["ms"] / 1000
     return {
         **found,
         "sequences": sequences,
-        "tokens_per_second": round(sequences * shape.tokens / seconds),
-        "mfu": round(sequences * flops / seconds / PEAK, 4),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds),
+        "images_per_second": round(sequences / seconds, 2),
+        "mfu": round(sequences * flops / seconds / PEAK, 4) if flops else None,
     }
 
 
@@ -410,15 +425,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--quick", action="store_true", help="few steps")
     parser.add_argument("--model", choices=sorted(MODELS), default="molmo")
+    parser.add_argument("--tokens", type=int, default=512, help="that a HeMolmo keeps of each image, 0: all")
     parser.add_argument("--sequences", type=int, default=4, help="of one step")
     parser.add_argument("--checkpointing", choices=("none", "full"), default="none")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peer-sequences", type=int, default=2, help="4 need more than 80 GB without checkpointing")
     parser.add_argument("--peer-checkpointing", choices=("none", "full"), default="none")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--checks", action=argparse.BooleanOptionalAction, default=True, help="of masks, a minute or two"
+    )
+    parser.add_argument("--profile", metavar="FILE", help="trace of two of our steps, .json.gz")
     parser.add_argument("--warmup", type=int)
     parser.add_argument("--steps", type=int)
     args = parser.parse_args(argv)
+    args.peer = args.peer and args.model == "molmo"
     args.warmup = args.warmup or (3 if args.quick or args.tiny else 10)
     args.steps = args.steps or (5 if args.quick or args.tiny else 30)
     return args
@@ -432,22 +453,33 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
-    checks = {"attention": check_attention(torch.device(args.device)), "model": check_model(torch.device(args.device))}
+    checks: dict[str, dict[str, float]] = {}
+    if args.checks:
+        device = torch.device(args.device)
+        checks = {"attention": check_attention(device), "model": check_model(device)}
     print("block-sparse against dense:", json.dumps(checks), flush=True)
-    if (largest := max(value for check in checks.values() for value in check.values())) > 5e-3:
+    if (largest := max((value for check in checks.values() for value in check.values()), default=0.0)) > 5e-3:
         print(f"block-sparse and dense attention differ by {largest}, more than 5e-3", file=sys.stderr)
         return 1
     torch.backends.cuda.matmul.allow_tf32 = True
-    config, shape = build_config(MODELS[args.model](args.tiny)), TINY if args.tiny else FULL
-    rng = torch.Generator().manual_seed(0)
+    params, shape = MODELS[args.model](args.tiny, args.tokens), TINY if args.tiny else FULL
+    config, rng = build_config(params), torch.Generator().manual_seed(0)
     parts = [sequence(config, shape, rng) for _ in range(max(args.sequences, args.peer_sequences))]
-    flops = useful_flops(config, shape)
-    print(f"useful TFLOP of one sequence: {flops / 1e12:.2f}", flush=True)
+    batch, flops = packed(config, parts[: args.sequences]), useful_flops(config, shape)
+    if args.model == "he_molmo":
+        batch, flops = gpu_batch(params, args.sequences, answer=shape.answered), 0.0
+        batch["answered"] = answered_places(batch["labels"])
+    tokens = int((batch["example_ids"] >= 0).sum())
+    print(f"useful TFLOP of one sequence: {flops / 1e12:.2f}; {tokens} tokens in the row", flush=True)
     with torch.device("meta"):
         counts = parameter_counts(MolmoForConditionalGeneration(config))
     torch.manual_seed(0)
     with one_rank(args.device):
-        ours = rates(measure(our_step(config, args, parts[: args.sequences]), args), args.sequences, shape, flops)
+        step = our_step(config, args, batch)
+        ours = rates(measure(step, args), args.sequences, tokens, flops)
+        if args.profile:
+            profiled(step, args.profile)
+    del step
     print("ours:", json.dumps(ours), flush=True)
     peer: dict[str, Any] = {}
     if args.peer:
@@ -455,9 +487,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.device == "cuda":
             torch.cuda.empty_cache()
         step = peer_step(config, args, parts[: args.peer_sequences])
-        peer = rates(measure(step, args), args.peer_sequences, shape, flops)
+        peer = rates(measure(step, args), args.peer_sequences, args.peer_sequences * shape.tokens, flops)
         print("peer:", json.dumps(peer), flush=True)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     print(
         json.dumps(
             {
@@ -465,13 +496,14 @@ def main(argv: list[str] | None = None) -> int:
                 "unit": "tokens/s",
                 "ours": ours["tokens_per_second"],
                 "peer": peer.get("tokens_per_second"),
-                "peer_name": "transformers Molmo2ForConditionalGeneration, sdpa, autocast",
+                "peer_name": "transformers Molmo2ForConditionalGeneration, sdpa, autocast" if peer else None,
                 "ratio": round(ours["tokens_per_second"] / peer["tokens_per_second"], 2) if peer else None,
                 "spread": ours["ms_range"],
                 "goal": {"mfu": GOAL},
                 "versions": {name: version(name) for name in ("torch", "transformers")},
-                "device": device,
+                "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
                 "model": args.model,
+                "kept_tokens": args.tokens if args.model == "he_molmo" else None,
                 "tiny": args.tiny,
                 "compile": args.compile,
                 "checkpointing": args.checkpointing,

@@ -423,6 +423,10 @@ def _explain(error: OmegaConfBaseException, source: str) -> str:
     message = str(getattr(error, "msg", None) or error).splitlines()[0]
     if "missing mandatory value" in message.lower() or "MISSING" in message:
         message = "is required and has no default"
+    if "is not a ListConfig" in message:
+        message = "must be a list, such as [2, 2]"
+    if found := re.match(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)", message):
+        message = f"{found[2]!r} stands where the keys of a {found[1]} belong; write `key: value` lines"
     return f"{source}: {key}: {message}"
 
 
@@ -582,6 +586,10 @@ def _check_freezing(train: TrainConfig, where: str) -> None:
             raise ConfigError(f"{key}: train.lora keeps all but adapters and connector frozen; leave it out")
     if train.lora is not None and train.optim.language.freeze:
         raise ConfigError(f"{where}.optim.language.freeze: adapters follow it; leave it out with train.lora")
+    if train.lora is not None and train.lora.train_connector and train.optim.connector.freeze:
+        raise ConfigError(
+            f"{where}.optim.connector.freeze is true, but lora.train_connector trains it; set train_connector: false"
+        )
 
 
 def saved_steps(train: TrainConfig) -> list[int]:

@@ -41,8 +41,8 @@ class Pooling(StrEnum):
     none = "none"
     """No pooling: one token per patch; needs `pooling_size: [1, 1]`."""
     mean = "mean"
-    """Average of the window, without its holes if they are masked. `"2"` is this with `pooling_size: [2, 2]`, `"4"` with
-    [4, 4]."""
+    """Average of the window, without its holes if they are masked. `"2"` is this with `pooling_size: [2, 2]`, `"4"`
+    with [4, 4]."""
     attention_meanq = "attention_meanq"
     """Multi-head attention whose one query is the mean of the window."""
     attention_meanq_2x = "attention_meanq_2x"
@@ -209,7 +209,8 @@ class ConnectorConfig:
     """With `crop_mode: hierarchical`."""
     projector: Projector = Projector.mlp
     projector_hidden_size: int | None = None
-    """Hidden width of the projector; None is half of the language model's MLP width, as in Molmo."""
+    """Hidden width of the projector; None is half of the language model's MLP width. The released models
+    have all of it, which the presets give."""
 
 
 @dataclass
@@ -399,6 +400,6 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("dropout", "gate_dropout"), SHARE),
         "target_importance": (0, 1),
     },
-    PreprocessingConfig: {"max_crops": AT_LEAST_1, "overlap_margins": AT_LEAST_0, "max_images": AT_LEAST_1},
+    PreprocessingConfig: {"max_crops": (1, 10_000), "overlap_margins": AT_LEAST_0, "max_images": AT_LEAST_1},
 }
 """Smallest and largest value of every number, both allowed; of each element where the value is a list."""

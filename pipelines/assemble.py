@@ -5,7 +5,9 @@ checkpoint, `step-000000`, of the same layout as a trained one: a folder that tr
 `molmo_preprocessor.json`. Runs start from it.
 """
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +30,44 @@ def build(build: Build) -> dict[str, Any]:
 
     name = build.key["model"]
     config = build.params.models[name]
-    model = build_model(config, build.params.seed)
-    preprocessing = PreprocessorConfig.build(
-        config.preprocessing,
-        image_size=model.config.vision_config.image_size,
-        patch_size=model.config.vision_config.patch_size,
-        pooling_size=model.config.pooling_size,
-        resize=VISION_ENCODERS[model.config.vision_encoder].resize,
-        vocab_size=model.config.text_config.vocab_size,
-        tokens_per_window=model.config.num_queries,
-        patch_masks=model.config.padding_embedding != "none",
-        equal_windows=model.model.vision_backbone.connector.equal_windows,
-        selector=config.selector,
-    )
+    with _naming(name):
+        model = build_model(config, build.params.seed)
+        preprocessing = PreprocessorConfig.build(
+            config.preprocessing,
+            image_size=model.config.vision_config.image_size,
+            patch_size=model.config.vision_config.patch_size,
+            pooling_size=model.config.pooling_size,
+            resize=VISION_ENCODERS[model.config.vision_encoder].resize,
+            vocab_size=model.config.text_config.vocab_size,
+            tokens_per_window=model.config.num_queries,
+            patch_masks=model.config.padding_embedding != "none",
+            equal_windows=model.model.vision_backbone.connector.equal_windows,
+            selector=config.selector,
+        )
     if config.selector is not None:
         _check_positions(name, preprocessing.tiling, model.config.text_config.max_position_embeddings)
     _check_padding(name, preprocessing.resize, model.config.padding_embedding)
     _check_extra_ids(name, preprocessing.special_ids, preprocessing.im_patch_id, model.config)
     step = build.out / Path(checkpoint_name(name, 0)).name
     model.save_pretrained(step)
-    MolmoProcessor(Preprocessor(preprocessing, load_tokenizer(config.tokenizer))).save_pretrained(step)
+    with _naming(name):
+        processor = MolmoProcessor(Preprocessor(preprocessing, load_tokenizer(config.tokenizer)))
+    processor.save_pretrained(step)
     write_text_atomic(step / "params.json", json.dumps(build.stamp["params"], indent=1, sort_keys=True) + "\n")
     summary: dict[str, Any] = {"step": 0, "parameters": parameter_counts(model)}
     write_manifest(step, schema=CHECKPOINT_SCHEMA, version=CHECKPOINT_VERSION, summary=summary, **build.stamp)
     return {"steps": [0], "parameters": summary["parameters"]}
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says of which model of the params an error is: the rooms that raise it know only its part."""
+    from molmo_model.errors import MolmoError
+
+    try:
+        yield
+    except MolmoError as error:
+        raise type(error)(f"models.{name}: {error}") from error
 
 
 def _check_padding(name: str, resize: str, padding_embedding: str) -> None:

@@ -1,11 +1,13 @@
-"""Asks a checkpoint a question about a picture, prints the answer and saves the picture with its points drawn.
+"""Asks a checkpoint a question about a picture or a film, prints the answer, saves the picture with its points drawn.
 
-usage: python -m pipelines.generate checkpoint=FOLDER prompt=TEXT [image=FILE ...] [out=answer.png]
+usage: python -m pipelines.generate checkpoint=FOLDER prompt=TEXT [image=FILE ... | video=FILE ...] [out=answer.png]
                                     [heatmap=FILE] [max_new_tokens=256] [style=qa] [precision=fp32]
                                     [keep_image_tokens=1] [decoding.NAME=VALUE ...]
 
 checkpoint      a checkpoint's name or folder, such as sft/step-000500 or artifacts/checkpoints/sft/step-000500
 image           a picture; several `image=` are asked about together, up to the model's max_images
+video           a film, in place of pictures, for a model that was trained with films; FILE,START,END is the part of it
+                between two seconds; several may be given
 prompt          the question
 out             where the first picture goes, the points of the answer drawn; answer.png, written only if there are any
 heatmap         where the selection of a HeMolmo goes: each picture with the tokens that the model kept for this
@@ -15,6 +17,12 @@ style           task family that the prompt is framed for, where the model was t
 precision       fp32, bf16 or fp16
 keep_image_tokens  share of each picture's tokens that the language model sees
 decoding.NAME   as in the params: decoding.num_beams=3, or decoding.do_sample=true decoding.top_p=0.9 decoding.seed=1
+
+examples:
+  python -m pipelines.generate checkpoint=sft/step-000500 image=scene.png prompt='How many digits are there?'
+  python -m pipelines.generate checkpoint=sft/step-000500 image=scene.png prompt='Point to the digit 7.'
+  python -m pipelines.generate checkpoint=sft/step-000500 image=scene.png prompt='List the digits.' decoding.num_beams=3
+  python -m pipelines.generate checkpoint=sft/step-000500 video=clip.mp4,2,4.5 prompt='Which digit appears last?'
 
 Not a stage: writes no artefact. Exit codes: 0 answered, 2 refused with a message.
 """
@@ -32,12 +40,12 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from molmo_model.data.example import Image
+    from molmo_model.data.example import Image, Video
     from molmo_model.eval.inference import Predictor, Question
 
 OPTIONS = (
-    *("checkpoint", "prompt", "image", "out", "heatmap", "max_new_tokens", "style", "precision", "keep_image_tokens"),
-    "decoding.NAME",
+    *("checkpoint", "prompt", "image", "video", "out", "heatmap", "max_new_tokens", "style", "precision"),
+    *("keep_image_tokens", "decoding.NAME"),
 )
 
 
@@ -48,6 +56,8 @@ class Request:
     checkpoint: Path
     prompt: str
     images: list[Path] = field(default_factory=list)
+    videos: list[str] = field(default_factory=list)
+    """`FILE` or `FILE,START,END` each."""
     out: Path | None = None
     heatmap: Path | None = None
     decoding: list[str] = field(default_factory=list)
@@ -65,7 +75,7 @@ def parse(argv: Sequence[str]) -> Request:
         ConfigError: an unknown, missing, repeated or wrong option, by name.
     """
     values: dict[str, str] = {}
-    images, decoding = [], []
+    images, videos, decoding = [], [], []
     for argument in argv:
         name, separator, value = argument.partition("=")
         if separator and name.startswith("decoding."):
@@ -77,8 +87,10 @@ def parse(argv: Sequence[str]) -> Request:
             raise ConfigError(f"{name}= is empty")
         if name == "image":
             images.append(Path(value))
+        elif name == "video":
+            videos.append(value)
         elif name in values:
-            raise ConfigError(f"{name}= is given twice; only image= may be")
+            raise ConfigError(f"{name}= is given twice; only image= and video= may be")
         else:
             values[name] = value
     for name in ("checkpoint", "prompt"):
@@ -95,6 +107,7 @@ def parse(argv: Sequence[str]) -> Request:
         checkpoint=_folder(values["checkpoint"]),
         prompt=values["prompt"],
         images=images,
+        videos=videos,
         out=Path(values["out"]) if "out" in values else None,
         heatmap=Path(values["heatmap"]) if "heatmap" in values else None,
         max_new_tokens=int(tokens),
@@ -125,7 +138,10 @@ def answer(request: Request) -> str:
     read = [_read(path) for path in request.images]
     # the answer's turn is only there because a conversation ends with one; the model is given what stands before it
     turns = (Message("user", request.prompt), Message("assistant", "?"))
-    example = Example("question", tuple(image for image, _ in read), (Conversation(request.style, turns),))
+    videos = tuple(_film(given) for given in request.videos)
+    example = Example(
+        "question", tuple(image for image, _ in read), (Conversation(request.style, turns),), videos=videos
+    )
 
     from molmo_model.eval.inference import Predictor, Question
     from molmo_model.preprocessing.points import extract_points
@@ -153,6 +169,24 @@ def _read(path: Path) -> "tuple[Image, npt.NDArray[np.uint8]]":
         raise DataError(f"image {path} cannot be read: {error.strerror}") from error
     pixels = decode_image(data, name=str(path))
     return Image(data, pixels.shape[1], pixels.shape[0], path.suffix.lstrip(".").upper() or "PNG"), pixels
+
+
+def _film(given: str) -> "Video":
+    """A film, or the part of it between two seconds."""
+    from molmo_model.data.video_file import probe_video
+
+    name, *seconds = given.split(",")
+    try:
+        clip = (float(seconds[0]), float(seconds[1])) if len(seconds) == 2 else None
+    except ValueError as error:
+        raise ConfigError(f"video={given}: the part must be two numbers of seconds, FILE,START,END") from error
+    if seconds and clip is None:
+        raise ConfigError(f"video={given} must be FILE, or FILE,START,END for a part of it")
+    try:
+        data = Path(name).read_bytes()
+    except OSError as error:
+        raise DataError(f"video {name} cannot be read: {error.strerror}") from error
+    return probe_video(data, name=name, clip=clip)
 
 
 def _save(pixels: "npt.NDArray[np.uint8]", points: list[tuple[float, float]], out: Path) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from molmo_model.eval.inference import Predictor
     from molmo_model.eval.journal import Journal
     from molmo_model.eval.tasks import Item
+    from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 
 
 def journals() -> Path:
@@ -64,7 +65,7 @@ def build(stage: Build) -> dict[str, Any]:
     reader = ShardReader(stage.inputs["shards"])
     asked = tasks.items(task, name, reader)
     prompts = _prompts(folder, asked)
-    decoding = decoding_identity(task, stage.params.eval.quantization)
+    decoding = decoding_identity(task, stage.params.eval.quantization) | _frame_scorer(folder)
     identity = identity_of(checkpoint, source_digest("molmo_model.eval.inference"), decoding, precision.value)
     keys = [identity.key(item.images, prompt) for item, prompt in zip(asked, prompts, strict=True)]
     with Journal(journal_folder(checkpoint), name) as journal:
@@ -89,16 +90,33 @@ def build(stage: Build) -> dict[str, Any]:
 
 def _prompts(folder: Path, asked: "Sequence[Item]") -> list[list[str]]:
     """Per item the texts of its turns, before the answer, as the checkpoint's preprocessor writes them."""
-    import json
-
     from molmo_model.preprocessing import prompts
-    from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
 
-    path = folder / CONFIG_FILE
-    config = PreprocessorConfig.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    config = _preprocessor_config(folder)
     formats = (config.system_prompt, config.message_format, config.point_format)
     texts = (prompts.choices(item.asked, *formats) for item in asked)
     return [prompts.draw(choices, None)[:-1] for choices in texts]
+
+
+def _preprocessor_config(folder: Path) -> "PreprocessorConfig":
+    """How a checkpoint turns an example into its inputs."""
+    import json
+
+    from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
+
+    path = folder / CONFIG_FILE
+    return PreprocessorConfig.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+
+
+def _frame_scorer(folder: Path) -> dict[str, str]:
+    """The files of the model that chooses the frames of films, which a checkpoint names and does not hold. One of the
+    hub counts by its name, which is in the preprocessor's file."""
+    from molmo_model.artifacts import path_digest
+
+    source = Path(_preprocessor_config(folder).video.select_frames_by_query or "")
+    if source == Path() or not source.is_dir():
+        return {}
+    return {"frame_scorer": path_digest(source)}
 
 
 @lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from molmo_model.config import DecodingConfig, Precision, Quantization
 from molmo_model.data.example import Example
@@ -19,6 +20,7 @@ from molmo_model.nn.frame_selection import FrameScorer
 from molmo_model.nn.generation import finish_reason, generate
 from molmo_model.nn.image_token_cache import ImageTokenCache
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
+from molmo_model.nn.pretrained import require_none_missing
 from molmo_model.nn.quantization import quantized_loading
 from molmo_model.preprocessing.collator import collate_prompts
 from molmo_model.preprocessing.preprocessor import Encoded, Preprocessor
@@ -86,11 +88,12 @@ class Predictor:
         preprocessor = Preprocessor.from_pretrained(folder)
         fewer_bits = quantized_loading(quantization)
         try:
-            model = MolmoForConditionalGeneration.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, **fewer_bits
+            model, info = MolmoForConditionalGeneration.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **fewer_bits
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
+        require_none_missing(str(folder), info["missing_keys"], info)  # transformers would draw them at random
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if (scorer := preprocessor.config.video.select_frames_by_query) is not None:
             preprocessor.frame_scorer = FrameScorer(scorer, device)

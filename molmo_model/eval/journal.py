@@ -20,7 +20,7 @@ from typing import Any
 
 from molmo_model.artifacts import Manifest, canonical_json, digest_of
 
-LIBRARIES = ("numpy", "pillow", "tokenizers", "torch", "transformers")
+LIBRARIES = ("av", "numpy", "opencv-python-headless", "pillow", "tokenizers", "torch", "transformers")
 """Installed packages whose version can change an answer."""
 MODEL_FILES = ("config.json", "generation_config.json")
 PREPROCESSOR_FILE = "molmo_preprocessor.json"

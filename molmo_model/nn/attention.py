@@ -231,8 +231,8 @@ def _compiled_flex() -> Callable[..., Any]:
 
 @cache
 def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    """Uncompiled, `create_block_mask` forms the whole S x S mask; compiled, only its blocks."""
-    return torch.compile(create_block_mask) if torch.cuda.is_available() else create_block_mask
+    """Uncompiled, `create_block_mask` forms the whole S x S mask; compiled, only its blocks. For any length at once."""
+    return torch.compile(create_block_mask, dynamic=True) if torch.cuda.is_available() else create_block_mask
 
 
 AttentionInterface.register(IMPLEMENTATION, molmo_attention)

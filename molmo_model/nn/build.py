@@ -1,5 +1,6 @@
 """From `params.yaml` to a model: its configuration, its first weights, and which component a parameter belongs to."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def build_model(model: ModelConfig, seed: int, image_token_id: int | None = None
 
 def _first_model(model: ModelConfig, config: MolmoConfig, seed: int) -> MolmoForConditionalGeneration:
     """Weights drawn from the seed, pretrained parts over them."""
+    _check_memory(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = MolmoForConditionalGeneration(config).float()
@@ -99,6 +101,18 @@ def _first_model(model: ModelConfig, config: MolmoConfig, seed: int) -> MolmoFor
         load_language(built.model.language_model, built.lm_head, model.language.pretrained)
         built.tie_weights()
     return built
+
+
+def _check_memory(config: MolmoConfig) -> None:
+    """Refuses weights that are more than the machine's memory, before an allocation fails or the system ends it."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        wanted = 4 * sum(parameter.numel() for parameter in MolmoForConditionalGeneration(config).parameters())
+    have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if wanted > have:
+        raise ConfigError(
+            f"the weights take {wanted / 1e9:,.0f} GB in fp32, this machine has {have / 1e9:,.0f} GB; make the sizes "
+            "smaller, or assemble on a larger machine"
+        )
 
 
 def _load_whole(config: MolmoConfig, source: str) -> MolmoForConditionalGeneration:

@@ -234,6 +234,8 @@ def _pretrained(spec: LanguageModel, language: LanguageConfig, source: str, wher
     for name, value in asked.items():
         if value is not None and value != found[name]:
             raise ConfigError(f"{where}: {name} is {value}, but {source} has {found[name]}; leave it out")
+    if language.tie_word_embeddings and not config.tie_word_embeddings:
+        raise ConfigError(f"{where}: tie_word_embeddings is true, but {source} has a head of its own; leave it out")
     return config
 
 
@@ -247,6 +249,8 @@ def _fresh(spec: LanguageModel, language: LanguageConfig, tokenizer_size: int, w
     fields: dict[str, Any] = {}
     if spec.head_dim:
         fields["head_dim"] = language.head_dim or hidden // heads
+        if fields["head_dim"] % 2:
+            raise ConfigError(f"{where}: head_dim {fields['head_dim']} is odd; rotary positions turn pairs of channels")
     if spec.sliding:
         fields["sliding_window"] = language.sliding_window or DEFAULT_WINDOW
     if spec.experts:

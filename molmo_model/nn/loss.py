@@ -8,6 +8,7 @@ Shape suffixes: B rows, S tokens of a row, A answered tokens, E width, V vocabul
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -66,16 +67,28 @@ def answered_loss(
         factors, targets = factors * (places >= 0), targets.clamp(min=0)
 
     def sums(states: Tensor, targets: Tensor, factors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = head(states).float()
-        cross_entropy = F.cross_entropy(logits, targets, reduction="none")
-        per_token = cross_entropy + z_loss * logits.logsumexp(-1).square() if z_loss else cross_entropy
-        return (factors * per_token).sum(), (factors * cross_entropy.detach()).sum(), logits
+        logits = head(states)
+        total, cross_entropy = (_compiled_sums() if logits.is_cuda else _sums)(logits, targets, factors, z_loss)
+        return total, cross_entropy, logits
 
     if chunk is None:
         total, cross_entropy, logits = sums(states, targets, factors)
-        return AnsweredLoss(total, cross_entropy, factors.sum(), logits)
+        return AnsweredLoss(total, cross_entropy, factors.sum(), logits.float())
     # without answered tokens one empty chunk keeps the head in the graph
     pieces = zip(*(tensor.split(chunk) for tensor in (states, targets, factors)), strict=True)
     parts = [checkpoint(lambda *piece: sums(*piece)[:2], *piece, use_reentrant=False) for piece in pieces]
     total, cross_entropy = (torch.stack(part).sum() for part in zip(*parts, strict=True))
     return AnsweredLoss(total, cross_entropy, factors.sum(), None)
+
+
+def _sums(logits: Tensor, targets: Tensor, factors: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    cross_entropy = F.cross_entropy(logits, targets, reduction="none")
+    per_token = cross_entropy + z_loss * logits.logsumexp(-1).square() if z_loss else cross_entropy
+    return (factors * per_token).sum(), (factors * cross_entropy.detach()).sum()
+
+
+@cache
+def _compiled_sums() -> Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]:
+    """Uncompiled, a dozen kernels read and write the logits in fp32, one after the other."""
+    return torch.compile(_sums)

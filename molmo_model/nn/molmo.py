@@ -84,7 +84,8 @@ class MolmoPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """First weights. A module of ours with `first_weights()` knows its own, through `transformers.initialization`,
-        which leaves loaded parameters alone; encoder and language model have their own rules."""
+        which leaves loaded parameters alone; encoder and language model have their own rules. transformers calls this
+        only for modules that own a parameter or a buffer themselves: a `first_weights()` elsewhere would never run."""
         if callable(first_weights := getattr(module, "first_weights", None)):
             first_weights()
         elif isinstance(module, nn.Embedding | nn.Linear):  # the extra embedding and the head
@@ -286,7 +287,9 @@ class MolmoModel(MolmoPreTrainedModel):
     ) -> Tensor | None:
         if encoded and encoded.get("image") is not None:
             tokens = encoded["image"].pooler_output
-            return tokens if isinstance(tokens, Tensor) else torch.cat(tuple(tokens))
+            if isinstance(tokens, Tensor):
+                return tokens
+            return torch.cat(tuple(tokens)) if tokens else None  # None: prompts without a picture
         if pixel_values is None and not self.training:
             return None
         size, device = self.config.vision_config.image_size, self.extra_embedding.weight.device

@@ -67,7 +67,7 @@ class MolmoConfig(PreTrainedConfig):
     scale_fusion: str = "sum"
     projector: str = "mlp"
     projector_hidden_size: Any = None
-    """None is half of the language model's MLP width."""
+    """None is half of the language model's MLP width; the released models have all of it."""
     extra_vocab_size: int = 16
     """Rows of the extra embedding; its ids begin exactly at the language model's vocabulary size."""
     image_token_id: Any = None
@@ -132,14 +132,23 @@ class MolmoConfig(PreTrainedConfig):
             )
         if self.pooling in WITH_HEADS and vision.hidden_size % self.pooling_num_heads:
             raise ConfigError(
-                f"pooling_num_heads {self.pooling_num_heads} does not divide the encoder's width {vision.hidden_size}"
+                f"pooling_num_heads (connector.num_heads in the params) {self.pooling_num_heads} does not divide the "
+                f"encoder's width {vision.hidden_size}"
             )
         self._check_window()
         if self.selector is not None:
             self._check_selector()
         first, last = text.vocab_size, text.vocab_size + self.extra_vocab_size - 1
         if not first <= self.image_token_id <= last:
-            raise ConfigError(f"image_token_id {self.image_token_id} is no extra id; those are {first} to {last}")
+            raise ConfigError(
+                f"image_token_id {self.image_token_id} is no extra id; those are {first} to {last}, for "
+                f"extra_vocab_size is {self.extra_vocab_size}; raise it"
+            )
+        if self.one_image_block and not self.bidirectional_images:
+            raise ConfigError(
+                "one_image_block is true, but bidirectional_images is false, so that images are no blocks at all; "
+                "set one_image_block: false, or bidirectional_images: true"
+            )
 
     def _check_selector(self) -> None:
         text, selector = self.text_config, selector_config(self.selector)

@@ -86,6 +86,9 @@ def window_mean(window: Tensor, valid: Tensor, use_mask: bool) -> Tensor:
 class WindowAttention(nn.Module):
     """Multi-head attention of queries to the patches of their window; children say what the queries are.
 
+    Its matrices begin as those of the language model do (`initializer_range`), its biases as torch's: the model asks
+    only modules that own a parameter for their first weights.
+
     Args:
         factor: how many times wider than the encoder the embedding, each head and the result are.
         query_features: width of a query; None is that of a patch.
@@ -112,12 +115,6 @@ class WindowAttention(nn.Module):
         k, v = self._heads(self.k_proj(window)), self._heads(self.v_proj(window))
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.o_proj(pooled.transpose(1, 2).flatten(2))
-
-    def first_weights(self) -> None:
-        """Keeps the scale of what goes in (variance 1 / fan-in), whatever the width."""
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
-            init.normal_(linear.weight, std=linear.in_features**-0.5)
-            init.zeros_(linear.bias)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -151,8 +148,10 @@ class LearnedQueryPooling(WindowAttention):
         return self.queries.expand(len(window), -1, -1)
 
     def first_weights(self) -> None:
-        """As `WindowAttention`; queries of variance 1, so that they differ from the first step."""
-        super().first_weights()
+        """Queries of variance 1, so that they differ from the first step, and matrices that keep that scale."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            init.normal_(linear.weight, std=linear.in_features**-0.5)
+            init.zeros_(linear.bias)
         init.normal_(self.queries, std=1.0)
 
 

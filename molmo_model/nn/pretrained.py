@@ -5,9 +5,11 @@ language models are loaded through the same functions.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
@@ -26,7 +28,8 @@ def load_config(source: str, where: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {source} has no configuration that can be read: {error}") from error
+        kind = "has no configuration that" if Path(source).is_dir() else "is no folder here and no hub id whose config"
+        raise ConfigError(f"{where}: {source} {kind} can be read: {error}") from error
 
 
 def same_sizes(wanted: Any, config: PreTrainedConfig, where: str, names: Iterable[str]) -> None:
@@ -48,16 +51,26 @@ def load_model(auto: Any, source: str, **kwargs: Any) -> tuple[Any, dict[str, An
         auto: one of transformers' auto classes.
 
     Raises:
-        CheckpointError: the weights cannot be read.
+        CheckpointError: the weights cannot be read, or are not finite.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return auto.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"pretrained weights {source} cannot be loaded: {error}") from error
+        # tensors of another shape go into the report, with both shapes, instead of an error that has none
+        kwargs |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, info = auto.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        kind = "" if Path(source).is_dir() else "are in no folder here and of no hub id, or "
+        raise CheckpointError(f"pretrained weights {source} {kind}cannot be loaded: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
+    read = {name: tensor for name, tensor in model.named_parameters() if name not in info["missing_keys"]}
+    if wrong := [name for name, tensor in read.items() if not tensor.isfinite().all()]:
+        raise CheckpointError(
+            f"pretrained weights {source}: {len(wrong)} tensors hold NaN or infinity: {sorted(wrong)[:5]}; "
+            "get the files again"
+        )
+    return model, info
 
 
 def require_none_missing(source: str, missing: Iterable[str], info: dict[str, Any]) -> None:
@@ -68,4 +81,4 @@ def require_none_missing(source: str, missing: Iterable[str], info: dict[str, An
     """
     names = sorted(map(str, [*missing, *info.get("mismatched_keys", [])]))
     if names:
-        raise CheckpointError(f"pretrained weights {source} lack {len(names)} of the model's tensors: {names[:5]}")
+        raise CheckpointError(f"the weights in {source} lack {len(names)} of the model's tensors: {names[:5]}")

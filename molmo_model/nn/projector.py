@@ -17,20 +17,16 @@ class LinearProjector(nn.Linear):
 
 
 class SwiGLUProjector(nn.Module):
-    """`down(silu(gate(x)) * up(x))`, without biases."""
+    """`down(silu(gate(x)) * up(x))`, without biases.
+
+    Its matrices begin as those of the language model do (`initializer_range`).
+    """
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(in_features, hidden_features, bias=False)
         self.up_proj = nn.Linear(in_features, hidden_features, bias=False)
         self.down_proj = nn.Linear(hidden_features, out_features, bias=False)
-
-    def first_weights(self) -> None:
-        """Keeps the scale but for the last matrix: encoder features have no norm behind them, word embeddings are
-        small, and image tokens of many times the size of words delayed learning."""
-        for linear in (self.gate_proj, self.up_proj):
-            init.normal_(linear.weight, std=linear.in_features**-0.5)
-        init.normal_(self.down_proj.weight, std=0.1 * self.down_proj.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from molmo_model.model_config import SelectorConfig, TokenScore
+from molmo_model.nn.pooling import FanInLinear
 
 SATURATED = 10.0
 """Scores beyond this, on either side, have next to no gradient and are penalised."""
@@ -33,20 +34,24 @@ def selector_config(fields: Mapping[str, Any]) -> SelectorConfig:
     return SelectorConfig(**{**fields, "score": TokenScore(fields["score"])})
 
 
+class SmallLinear(nn.Linear):
+    """A matrix whose results are at first a tenth as large as what goes in, whatever the width."""
+
+    def first_weights(self) -> None:
+        init.normal_(self.weight, std=0.1 * self.in_features**-0.5)
+        init.zeros_(self.bias)
+
+
 class ScoreMLP(nn.Module):
-    """SwiGLU to a few scores: `down(up(x) * silu(gate(x)))`; or, without hidden width, one matrix."""
+    """SwiGLU to a few scores: `down(up(x) * silu(gate(x)))`; or, without hidden width, one matrix.
+
+    First scores are small: which tokens are kept is nearly random then, and their importance the offset's.
+    """
 
     def __init__(self, in_features: int, hidden_features: int, out_features: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(in_features, 2 * hidden_features, bias=False) if hidden_features else None
-        self.down = nn.Linear(hidden_features or in_features, out_features)
-
-    def first_weights(self) -> None:
-        """Small first scores: which tokens are kept is nearly random then, and their importance the offset's."""
-        if self.gate_up is not None:
-            init.normal_(self.gate_up.weight, std=self.gate_up.in_features**-0.5)
-        init.normal_(self.down.weight, std=0.1 * self.down.in_features**-0.5)
-        init.zeros_(self.down.bias)
+        self.gate_up = FanInLinear(in_features, 2 * hidden_features, bias=False) if hidden_features else None
+        self.down = SmallLinear(hidden_features or in_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_up is not None:
@@ -74,13 +79,8 @@ class TokenScorer(nn.Module):
         self.scorer = ScoreMLP(features, config.hidden_size, patches) if learned else None
         self.prior_norm = nn.LayerNorm(width) if prior and config.norm else None
         self.prior = ScoreMLP(width, config.hidden_size, 1) if prior else None
-        self.query = nn.Linear(features, width + 2) if learned and config.query else None
-
-    def first_weights(self) -> None:
-        """The query begins with no say: scale and shift, its last two features, are all but zero."""
-        if self.query is not None:
-            init.normal_(self.query.weight, std=0.1 * self.query.in_features**-0.5)
-            init.zeros_(self.query.bias)
+        # begins with next to no say: scale and shift, its last two features, are all but zero
+        self.query = SmallLinear(features, width + 2) if learned and config.query else None
 
     def forward(self, states: Sequence[Tensor], tokens: Tensor, where: Mapping[str, Tensor]) -> Tensor:
         """float32 [M, H]; what stands where there is no candidate has no meaning.

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from molmo_model.data.datasets import FAMILIES, BadRow
 from molmo_model.data.datasets.chat_images import check_image
 from molmo_model.data.datasets.chat_rows import RowError
 from molmo_model.errors import ConfigError, DataError, StorageError
+from tests.data.films import film
 
 MAKE, FINGERPRINT = FAMILIES["chat"].make, FAMILIES["chat"].fingerprint
 ROOT = Path(__file__).resolve().parents[2]
@@ -543,8 +545,14 @@ def test_the_guide_is_true(tmp_path):
     rows = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", guide, re.DOTALL)]
     assert len(rows) >= 5
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = DatasetConfig(family="chat", path=str(tmp_path / "rows.jsonl"), image_root=str(ROOT / "data" / "example"))
+    shutil.copytree(ROOT / "data" / "example", tmp_path / "root")
+    films = [item for row in rows for item in (*row.get("videos", ()), row.get("video")) if item]
+    for name in {item if isinstance(item, str) else item["path"] for item in films}:
+        container = "matroska" if name.endswith(".mkv") else "mp4"
+        (tmp_path / "root" / name).write_bytes(film(range(0, 15_000, 500), (1, 1000), container))
+    config = DatasetConfig(family="chat", path=str(tmp_path / "rows.jsonl"), image_root=str(tmp_path / "root"))
     results = [result for _, result in MAKE(config, 0)]
+    assert len(films) >= 3
     assert [result for result in results if isinstance(result, BadRow)] == []
     from molmo_model.config import params_from_dict
 
@@ -555,4 +563,4 @@ def test_the_guide_is_true(tmp_path):
     )
     for field in re.findall(r"`(\w+)`", guide.split("| field |")[1].split("A field with null")[0]):
         known = {*rows[0], "image", "conversations", "points", "label", "points_unit", "style", "weight", "metadata"}
-        assert field in known | {"split", "chat", "train", "eval"}
+        assert field in known | {"split", "chat", "train", "eval", "videos", "video", "clip_start", "clip_end"}

@@ -13,6 +13,7 @@ from molmo_model.errors import ConfigError
 from molmo_model.eval.drawing import COLOUR, draw_points
 from molmo_model.eval.inference import Answer, Predictor
 from pipelines import generate
+from tests.data.films import film
 
 CHECKPOINT = "artifacts/checkpoints/base/step-000000"
 POINTS = '<points x1="25.0" y1="50.0" x2="75.0" y2="50.0" alt="a">a</points>'
@@ -43,6 +44,22 @@ def test_the_model_answers_about_one_picture_or_two(project, capsys):
         generate.main([f"checkpoint={CHECKPOINT}", "prompt=What is it?", "max_new_tokens=3", *images])
     assert len(capsys.readouterr().out.splitlines()) >= 3
     assert not Path("answer.png").exists()
+
+
+def test_the_model_answers_about_a_film_or_a_part_of_it(project, capsys, monkeypatch):
+    Path("clip.mp4").write_bytes(film(range(0, 120_000, 6_000)))
+    seen, original = [], Predictor.answer
+
+    def answer(self, questions, *settings):
+        seen.extend(question.example.videos for question in questions)
+        return original(self, questions, *settings)
+
+    monkeypatch.setattr(Predictor, "answer", answer)
+    asked = [f"checkpoint={CHECKPOINT}", "prompt=What moves?", "max_new_tokens=3"]
+    for videos in (["video=clip.mp4"], ["video=clip.mp4,1,2.5"], ["video=clip.mp4,0,1", "video=clip.mp4,2,3"]):
+        generate.main([*asked, *videos])
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+    assert [[video.clip for video in videos] for videos in seen] == [[None], [(1.0, 2.5)], [(0.0, 1.0), (2.0, 3.0)]]
 
 
 def test_decoding_reaches_the_model(project, capsys):
@@ -102,6 +119,10 @@ def test_without_points_nothing_is_saved_unless_asked_for(project, said):
         ([f"checkpoint={CHECKPOINT}", "prompt=x", "image=photo.png", "keep_image_tokens=2"], "keep_image_tokens is 2"),
         ([f"checkpoint={CHECKPOINT}", "prompt=x", "image=none.png"], "none.png cannot be read"),
         ([f"checkpoint={CHECKPOINT}", "prompt=x", "image=text.png"], "text.png"),
+        ([f"checkpoint={CHECKPOINT}", "prompt=x", "video=none.mp4"], "none.mp4 cannot be read"),
+        ([f"checkpoint={CHECKPOINT}", "prompt=x", "video=text.png"], "text.png"),
+        ([f"checkpoint={CHECKPOINT}", "prompt=x", "video=text.png,1"], "must be FILE, or FILE,START,END"),
+        ([f"checkpoint={CHECKPOINT}", "prompt=x", "video=text.png,a,b"], "two numbers of seconds"),
         ([f"checkpoint={CHECKPOINT}", "prompt= ", "image=photo.png"], "text"),
         ([f"checkpoint={CHECKPOINT}", "prompt=x", *["image=photo.png"] * 9], "max_images"),
     ],

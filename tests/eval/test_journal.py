@@ -83,6 +83,13 @@ def test_every_file_that_the_model_is_made_of_counts(name):
     assert identity(**{name: "x"}) != identity()
 
 
+def test_what_decodes_pictures_and_films_counts():
+    """Another release of OpenCV or FFmpeg may decode or resize to other pixels."""
+    assert {"av", "opencv-python-headless", "pillow"} <= set(
+        identity_of(manifest(**FILES), "code", {}, "fp32").versions
+    )
+
+
 def test_new_tokenizer_files_count():
     assert identity(merges__txt="x") != identity()
 

@@ -1,5 +1,7 @@
 """Stage 1 with a tiny random model: every item answered once, whatever is killed, batched or edited in between."""
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -8,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from molmo_model.config import Precision
 from molmo_model.data.shards import ShardReader
 from molmo_model.errors import ArtifactError, CheckpointError
 from molmo_model.eval import predictions, tasks
 from molmo_model.eval.inference import Predictor, Question, batches
+from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
 from pipelines import predict
 from pipelines.stage import run
 from tests.eval.synthetic import tiny_params as params
@@ -187,6 +191,21 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
         Predictor.load(tmp_path)
 
 
+def test_a_damaged_model_is_refused(project):
+    """transformers would draw a tensor that is missing at random."""
+    folder = project / "artifacts" / "checkpoints" / CHECKPOINT
+    weights = folder / "model.safetensors"
+    whole, state = weights.read_bytes(), load_file(weights)
+    name = next(name for name in state if "q_proj.weight" in name)
+    weights.unlink()  # perhaps a link to a file that others share
+    save_file({other: value for other, value in state.items() if other != name}, weights, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lack 1 of the model's tensors.*{name}"):
+        Predictor.load(folder)
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        Predictor.load(folder)
+
+
 def test_batches_hold_every_index_once_and_start_with_the_most_expensive():
     costs = [(5, 1), (9, 1), (5, 2), (7, 1), (9, 1)]
     assert list(batches(costs, 2)) == [[1, 4], [3, 2], [0]]
@@ -209,3 +228,22 @@ def test_help_and_answers_from_the_journal_need_no_torch(project):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_another_model_that_chooses_frames_asks_again(project, asked, monkeypatch):
+    """A checkpoint names that model and does not hold it, so its files count by themselves."""
+    scorer = project / "scorer"
+    scorer.mkdir()
+    (scorer / "model.safetensors").write_bytes(b"one")
+    config_file = project / "artifacts/checkpoints" / CHECKPOINT / CONFIG_FILE
+    config = PreprocessorConfig.from_json(json.loads(config_file.read_text()), "test")
+    video = dataclasses.replace(config.video, high_res_every=2, select_frames_by_query=str(scorer))
+    monkeypatch.setattr(predict, "_preprocessor_config", lambda folder: dataclasses.replace(config, video=video))
+    run(predict.STAGE, params(), **CELL)
+    forget(project)
+    run(predict.STAGE, params(), **CELL)
+    assert len(asked) == 3
+    (scorer / "model.safetensors").write_bytes(b"two")
+    forget(project)
+    run(predict.STAGE, params(), **CELL)
+    assert len(asked) == 6

@@ -95,6 +95,14 @@ def test_too_few_extra_ids_are_refused(params, tmp_path, monkeypatch):
         run(STAGE, params, model="tiny")
 
 
+def test_an_error_names_the_model(params, tmp_path, monkeypatch):
+    """The rooms know their part alone, the params may hold many models."""
+    monkeypatch.chdir(tmp_path)
+    params.models["tiny"].connector.num_heads = 5
+    with pytest.raises(ConfigError, match=r"models\.tiny: .*connector\.num_heads .* 5 does not divide .* 32"):
+        run(STAGE, params, model="tiny")
+
+
 VARIANTS = {
     "plain": {},
     "queries": {"connector": {"pooling": Pooling.learned_queries, "num_queries": 3}},

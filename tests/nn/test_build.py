@@ -54,6 +54,12 @@ def test_the_seed_decides_the_weights(make_params):
     assert not torch.equal(first.lm_head.weight, third.lm_head.weight)
 
 
+def test_a_model_larger_than_the_memory_is_refused(make_params):
+    """From its shapes, in no time: an allocation may succeed and end the process when it is first written."""
+    with pytest.raises(ConfigError, match=r"weights take [\d,]+ GB in fp32, this machine has [\d,]+ GB"):
+        build_model(make_params(connector={"pooling_size": [100_000, 100_000]}), 0)
+
+
 @pytest.mark.parametrize("encoder", ["siglip", "clip"])
 @torch.no_grad()
 def test_random_models_start_at_a_scale_that_learns(encoder, make_params):
@@ -132,7 +138,7 @@ def test_pretrained_parts_must_fit(make_params, tmp_path):
         ({"vision": {**FREE, "pretrained": str(vision), "hidden_size": 48}}, "hidden_size is 48, but .* has 32"),
         ({"vision": {**FREE, "pretrained": str(vision), "num_layers": 6}}, "num_layers 6, but .* has 5"),
         ({"encoder": "clip", "vision": {**FREE, "pretrained": str(vision)}}, "not a clip_vision_model"),
-        ({"vision": {**FREE, "pretrained": str(tmp_path / "none")}}, "none has no configuration"),
+        ({"vision": {**FREE, "pretrained": str(tmp_path / "none")}}, "none is no folder here"),
         ({"language": {**FREE_TEXT, "pretrained": str(text)}}, "59 embeddings, the tokenizer 60"),
         ({"family": "qwen3", "language": {**FREE_TEXT, "pretrained": str(text)}}, "is a qwen2, not a qwen3"),
     ):
@@ -157,7 +163,8 @@ def test_wrong_params_are_refused(make_params):
         ({"vision": {"image_size": 33}}, "image_size 33 is no multiple of patch_size 8"),
         ({"language": {"hidden_size": None, "num_layers": None}}, "hidden_size, num_layers must be given"),
         ({"language": {"num_heads": 5}}, "num_heads 5"),
-        ({"language": {"extra_vocab_size": 2}}, "image_token_id 62 is no extra id"),
+        ({"language": {"extra_vocab_size": 2}}, "image_token_id 62 is no extra id.*extra_vocab_size is 2; raise it"),
+        ({"language": {"one_image_block": True, "bidirectional_images": False}}, "set one_image_block: false"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_config(make_params(**changes))

@@ -174,7 +174,7 @@ def test_olmo3_is_exported_up_to_its_window(make_model) -> None:
         ({"text": {"model_type": "qwen3", "attention_bias": True}}, "attention_bias"),
         ({"pooling_attention_mask": False}, "pooling_attention_mask: False"),
         ({"window_position_embedding": True}, "window_position_embedding: True"),
-        ({"bidirectional_images": False}, "bidirectional_images: false"),
+        ({"bidirectional_images": False, "one_image_block": False}, "bidirectional_images: false"),
     ],
 )
 def test_what_cannot_be_expressed_is_named(make_model, changes: dict[str, Any], named: str) -> None:

@@ -99,6 +99,14 @@ def test_batch_without_images(make_params):
     assert generate(model, bare, 5, [VOCAB - 1]) == [answer]
 
 
+def test_transformers_generate_takes_a_batch_without_images(make_params):
+    """With the empty crop that stands for none, as without crops."""
+    model = random_weights(build_model(make_params(), seed=1)).eval()
+    batch = collate([prompts()[2]])
+    bare = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert model.generate(**batch, max_new_tokens=5).tolist() == model.generate(**bare, max_new_tokens=5).tolist()
+
+
 def test_images_matter(make_params):
     """The comparison above has power: other pixels, or no bidirectional attention, give another answer."""
     model = random_weights(build_model(make_params(), seed=1)).eval()

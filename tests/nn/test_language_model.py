@@ -160,6 +160,7 @@ def test_aliases():
         ("qwen2", {"sliding_window": 4}, "sliding_window must be left out; Qwen2, Qwen2.5 has no such layers"),
         ("olmo3", {"num_experts": 4}, "num_experts must be left out"),
         ("olmoe", {"num_experts": 2, "num_experts_per_token": 3}, "num_experts_per_token 3 is more than num_experts 2"),
+        ("qwen3", {"head_dim": 7}, "head_dim 7 is odd"),
         ("llama", {"vocab_size": VOCAB - 1}, "has 59 embeddings, the tokenizer 60 tokens; give vocab_size"),
     ],
 )
@@ -176,6 +177,7 @@ def test_what_does_not_fit_is_refused(family, language, message, make_params):
         ("olmo3", {"sliding_window": 5}, "sliding_window is 5, but .* has 4"),
         ("olmo3", {"rope_theta": 1e4}, "rope_theta is 10000.0, but .* has 500000.0"),
         ("qwen2", {"vocab_size": 70}, "vocab_size is 70, but .* has 64"),
+        ("qwen2", {"tie_word_embeddings": True}, "tie_word_embeddings is true, but .* has a head of its own"),
     ],
 )
 def test_sizes_that_a_pretrained_model_has_not(family, changes, message, tmp_path):

@@ -246,6 +246,27 @@ def test_missing_and_left_over_weights_are_refused(encoder, tmp_path):
     load(encoder, tmp_path / "more", feature_layers=[0])
 
 
+@pytest.mark.parametrize("damage", ["cut off", "nan", "shape", "no folder"])
+def test_damaged_weights_are_refused(damage, tmp_path):
+    model = SOURCES["clip"]()
+    name = "encoder.layers.1.mlp.fc1.weight"
+    values = {"nan": model.state_dict()[name] * torch.nan, "shape": torch.zeros(3, 32)}
+    model.save_pretrained(
+        tmp_path, state_dict=model.state_dict() | {name: values.get(damage, model.state_dict()[name])}
+    )
+    if damage == "cut off":
+        (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:100])
+    message = {
+        "cut off": "cannot be loaded",
+        "nan": rf"1 tensors hold NaN or infinity: \['{name}'\]",
+        "shape": rf"{name}.*\[3, 32\].*\[48, 32\]",
+        "no folder": "nowhere is no folder here",
+    }
+    folder = tmp_path / "nowhere" if damage == "no folder" else tmp_path
+    with pytest.raises(ConfigError if damage == "no folder" else CheckpointError, match=message[damage]):
+        load("clip", folder, feature_layers=[-1])
+
+
 def test_position_numbers_of_older_files_are_no_weights(tmp_path):
     """openai/clip-vit-large-patch14-336 was written when position ids were saved, below the name of the tower."""
     model = SOURCES["clip"]()

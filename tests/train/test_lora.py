@@ -143,6 +143,7 @@ def test_preflight_counts_what_is_trained(make_trainer: Any, tmp_path: Path) -> 
     ("override", "named"),
     [
         ("runs.go.train.optim.language.freeze=true", "leave it out with train.lora"),
+        ("runs.go.train.optim.connector.freeze=true", "lora.train_connector trains it; set train_connector: false"),
         ("runs.go.train.lora.rank=0", "lora.rank is 0"),
     ],
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from molmo_model.config import DatasetConfig, lookup
-from molmo_model.data.datasets import charts, chat, digit_scenes
+from molmo_model.data.datasets import charts, chat, digit_clips, digit_scans, digit_scenes
 from molmo_model.data.example import BadRow, Example
 
 __all__ = ["FAMILIES", "BadRow", "Family", "family_of"]
@@ -36,8 +36,15 @@ FAMILIES: dict[str, Family] = {
         make=digit_scenes.make,
         fingerprint=digit_scenes.fingerprint,
         options=digit_scenes.Options,
-        licence="CC-BY-4.0",
-        source="scikit-learn load_digits, from UCI Optical Recognition of Handwritten Digits (Alpaydin, Kaynak 1998)",
+        licence=digit_scans.LICENCE,
+        source=digit_scans.SOURCE,
+    ),
+    "digit_clips": Family(
+        make=digit_clips.make,
+        fingerprint=digit_clips.fingerprint,
+        options=digit_clips.Options,
+        licence=digit_scans.LICENCE,
+        source=digit_scans.SOURCE,
     ),
     "charts": Family(
         make=charts.make,

@@ -8,31 +8,22 @@ tree per scene:
 - `scene_count`: how many digits there are, or how many times one digit appears
 - `scene_point`: points at every copy of a digit, or at a position
 
-297 of the scans are only ever shown in evaluation scenes and the other 1,500 only in training scenes, whatever the
-seed.
+Scans of evaluation scenes are never shown in training: `digit_scans.py`.
 """
 
-import gzip
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
-from molmo_model.artifacts import file_sha256
 from molmo_model.config import DatasetConfig
-from molmo_model.data.datasets.generated import encode_png, example_generator, held_out, package_folder, positions
+from molmo_model.data.datasets import digit_scans
+from molmo_model.data.datasets.digit_scans import SCAN_SIDE, enlarged, scan_split, scans
+from molmo_model.data.datasets.generated import encode_png, example_generator, positions
 from molmo_model.data.datasets.options import check_range, parse_options
 from molmo_model.data.example import BadRow, Conversation, Example, Message, Point
 from molmo_model.errors import ConfigError
-
-EVAL_SCANS = 297
-"""Scans held out of training; the remaining 1,500 are held out of evaluation."""
-SCAN_SIDE, SCAN_LEVELS = 8, 16
-"""A scan is 8x8 pixels of 0 (paper) to 16 (ink)."""
 
 
 @dataclass
@@ -98,39 +89,7 @@ def make(config: DatasetConfig, seed: int) -> Iterator[tuple[str, Example | BadR
 
 def fingerprint(config: DatasetConfig, seed: int) -> dict[str, str]:
     """The digest of the scans."""
-    return {"scikit-learn digits": file_sha256(_scans_path())}
-
-
-def scan_split() -> dict[str, np.ndarray]:
-    """Indices of the scans of each split, ascending; a fixed choice, not the seed's."""
-    count = len(_scans()[1])
-    chosen = held_out([f"digit scan {scan}" for scan in range(count)], EVAL_SCANS)
-    is_eval = np.array([f"digit scan {scan}" in chosen for scan in range(count)])
-    return {"train": np.flatnonzero(~is_eval), "eval": np.flatnonzero(is_eval)}
-
-
-def _scans_path() -> Path:
-    return package_folder("sklearn") / "datasets" / "data" / "digits.csv.gz"
-
-
-@cache
-def _scans() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [1797, 8, 8] of levels 0 to 16, and the digit of each. From the file: importing its package is slow."""
-    with gzip.open(_scans_path(), "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
-    return table[:, :-1].reshape(-1, SCAN_SIDE, SCAN_SIDE), table[:, -1]
-
-
-@cache
-def _split_scans(split: str) -> np.ndarray:
-    return scan_split()[split]
-
-
-@cache
-def _enlarged(scan: int, size: int) -> np.ndarray:
-    """float32 [size, size] of ink from 0 to 1."""
-    levels = PILImage.fromarray(_scans()[0][scan].astype(np.float32) / SCAN_LEVELS)
-    return np.asarray(levels.resize((size, size), PILImage.Resampling.BILINEAR))
+    return digit_scans.digest()
 
 
 def _scene(options: Options, seed: int, split: str, number: int) -> Example:
@@ -150,13 +109,13 @@ def _place(options: Options, split: str, rng: np.random.Generator) -> list[Digit
     """The digits of a scene, in reading order."""
     cells = options.rows * options.cols
     filled = np.sort(rng.permutation(cells)[: rng.integers(options.min_filled, cells + 1)])
-    scans = rng.choice(_split_scans(split), len(filled))
+    chosen = rng.choice(scan_split()[split], len(filled))
     sizes = rng.integers(options.min_size, options.max_size + 1, len(filled))
     shifts = rng.integers(-options.jitter, options.jitter + 1, (len(filled), 2))
     height, width = options.canvas // options.rows, options.canvas // options.cols
-    values = _scans()[1]
+    values = scans()[1]
     digits = []
-    for cell, scan, size, (down, right) in zip(filled, scans.tolist(), sizes.tolist(), shifts.tolist(), strict=True):
+    for cell, scan, size, (down, right) in zip(filled, chosen.tolist(), sizes.tolist(), shifts.tolist(), strict=True):
         row, col = divmod(int(cell), options.cols)
         top = row * height + min(max((height - size) // 2 + down, 0), height - size)
         left = col * width + min(max((width - size) // 2 + right, 0), width - size)
@@ -170,7 +129,7 @@ def _draw(options: Options, digits: list[Digit], rng: np.random.Generator) -> np
     canvas = np.full((options.canvas, options.canvas), paper, dtype=np.uint8)
     for digit in digits:
         place = slice(digit.top, digit.top + digit.size), slice(digit.left, digit.left + digit.size)
-        canvas[place] = paper + np.rint(_enlarged(digit.scan, digit.size) * (ink - paper)).astype(np.uint8)
+        canvas[place] = paper + np.rint(enlarged(digit.scan, digit.size) * (ink - paper)).astype(np.uint8)
     if options.noise:
         canvas += rng.integers(0, options.noise + 1, canvas.shape, dtype=np.uint8)
     return canvas
