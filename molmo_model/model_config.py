@@ -209,8 +209,8 @@ class ConnectorConfig:
     """With `crop_mode: hierarchical`."""
     projector: Projector = Projector.mlp
     projector_hidden_size: int | None = None
-    """Hidden width of the projector; None is half of the language model's MLP width. The released models
-    have all of it, which the presets give."""
+    """Hidden width of the projector; None is the language model's MLP width, as in the released models. (The reference
+    code's `mlp_hidden_size // 2` is the same: it counts the gate and the up matrix together.)"""
 
 
 @dataclass

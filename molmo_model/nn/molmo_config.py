@@ -67,7 +67,7 @@ class MolmoConfig(PreTrainedConfig):
     scale_fusion: str = "sum"
     projector: str = "mlp"
     projector_hidden_size: Any = None
-    """None is half of the language model's MLP width; the released models have all of it."""
+    """None is the language model's MLP width, as in the released models."""
     extra_vocab_size: int = 16
     """Rows of the extra embedding; its ids begin exactly at the language model's vocabulary size."""
     image_token_id: Any = None
@@ -117,7 +117,7 @@ class MolmoConfig(PreTrainedConfig):
         )
         self.image_mean = self.image_mean or list(spec.mean)
         self.image_std = self.image_std or list(spec.std)
-        self.projector_hidden_size = self.projector_hidden_size or text.intermediate_size // 2
+        self.projector_hidden_size = self.projector_hidden_size or text.intermediate_size
         self.tie_word_embeddings = bool(text.tie_word_embeddings)
         self.image_token_id = text.vocab_size + 2 if self.image_token_id is None else self.image_token_id
         self._check(spec.model_type)

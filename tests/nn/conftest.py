@@ -53,11 +53,13 @@ def make_params(tokenizer_dir: Path) -> Callable[..., ModelConfig]:
     ) -> ModelConfig:
         sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48, "num_layers": 4}
         text = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4, "num_key_value_heads": 2}
+        mlp = {**text, **(language or {})}["intermediate_size"] or 64
+        hidden = {"projector_hidden_size": mlp // 2}  # as in the demo's model
         return ModelConfig(
             vision=VisionConfig(
                 **{"encoder": encoder, "num_heads": 4, "feature_layers": [-1, -3], **sizes, **(vision or {})}
             ),
-            connector=ConnectorConfig(**{"window_position_embedding": True, **(connector or {})}),
+            connector=ConnectorConfig(**{"window_position_embedding": True, **hidden, **(connector or {})}),
             language=LanguageConfig(**{"family": family, **text, **(language or {})}),
             preprocessing=PreprocessingConfig(max_crops=2, overlap_margins=[1, 1]),
             tokenizer=str(tokenizer_dir),

@@ -1,7 +1,6 @@
 """Whole folders: export to native Molmo2 and import of both layouts, through the commands that a person types."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.molmo2.configuration_molmo2 import Molmo2Config
 
+from benchmarks import peers
 from molmo_model.config import params_from_dict
 from molmo_model.errors import CheckpointError, ConfigError
 from molmo_model.exchange import NATIVE_TOKENS, export_molmo2, import_folder
@@ -172,12 +172,15 @@ def test_commands_help_and_refuse(module: str, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("MOLMO_NATIVE_PYTHON" not in os.environ, reason="needs a Python with torchvision")
 def test_the_native_processor_makes_the_same_inputs(checkpoint: Path, exported: Path, tmp_path: Path) -> None:
-    """With `MOLMO_NATIVE_PYTHON` an interpreter that has transformers and torchvision."""
+    """In the peers' environment, which has the torchvision that the native processor needs."""
     for number, part in enumerate(question()[0]["content"][:2]):
         part["image"].save(tmp_path / f"{number}.png")
     code = f"""
+import sys
+sys.path.insert(0, {str(peers.REQUIREMENTS.parent)!r})
+import molmo2_peer
+kept = molmo2_peer.image_processor()  # makes torchvision importable
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -191,8 +194,7 @@ with torch.no_grad():
     logits = model(**inputs).logits
 torch.save({{"input_ids": inputs["input_ids"], "logits": logits}}, {str(tmp_path / "out.pt")!r})
 """
-    python = os.environ["MOLMO_NATIVE_PYTHON"].split()
-    done = subprocess.run([*python, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(peers.peer_python()), "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = torch.load(tmp_path / "out.pt", weights_only=True)
     model = MolmoForConditionalGeneration.from_pretrained(checkpoint).eval()
