@@ -1,4 +1,4 @@
-"""P2: from the bytes of a JPEG file to patches, pooling windows and tokens, on one thread, beside PIL and transformers.
+"""From the bytes of a JPEG file to patches, pooling windows and tokens, on one thread, beside PIL and transformers.
 
 As `benchmarks.multicrop`, with decoding on both sides: ours as the preprocessor does it, headers checked first; the
 peer with PIL's `open` and `convert`. Both decode to the same pixels, and that is asserted as well.

@@ -1,4 +1,4 @@
-"""G1, G3: one training step of a model of 1.9 billion parameters: milliseconds, tokens/s, MFU, memory.
+"""One training step of a model of 1.9 billion parameters: milliseconds, tokens/s, MFU, memory.
 
     python -m benchmarks.gpu_train_step [--quick] [--checkpointing full] [--no-compile] [--sequences 8] [--profile FILE]
     python -m benchmarks.gpu_train_step --model he_molmo --tokens 512     # 0: the same sequences with all tokens

@@ -1,4 +1,4 @@
-"""P1: from an image's pixels to patches, pooling windows and tokens, on one thread, beside transformers' processor.
+"""From an image's pixels to patches, pooling windows and tokens, on one thread, beside transformers' processor.
 
 Ours gives what its batches hold: uint8, and the ids of the image's tokens; for the comparison also brought into the
 peer's form, patches [C, 729, 588]. The peer gives float32 patches, as it does unless told otherwise, and no ids; a

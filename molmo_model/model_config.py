@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 
 class CropMode(StrEnum):
-    """How an image becomes crops (SEMANTICS of the Molmo image preprocessor)."""
+    """How an image becomes crops."""
 
     resize = "resize"
     """One crop: the whole image squashed or letterboxed to the encoder's input size."""
@@ -108,7 +108,7 @@ class PointFormat(StrEnum):
 
 
 class MessageFormat(StrEnum):
-    """How messages are told apart. Every answer ends with the end-of-text token in any case."""
+    """How messages are told apart. Answers end with the tokenizer's end of text, unless said otherwise."""
 
     none = "none"
     """Texts alone; every message but the first begins with a space."""
@@ -121,6 +121,10 @@ class MessageFormat(StrEnum):
 
 CHATML_START, CHATML_END = "<|im_start|>", "<|im_end|>"
 """The tokens of `MessageFormat.chatml`."""
+CONNECTOR_MODULES = ("connector", "extra_embedding", "learned_positions", "temporal", "token_selector")
+"""Modules, as parameters are named, that the `connector` component is made of: what is new beside the two towers."""
+GPU_CHUNK = 1024
+"""Answered tokens whose logits exist at a time in training on a GPU: 0.6 GB in fp32 for 152,064 words."""
 
 
 class FrameSampling(StrEnum):

@@ -30,7 +30,7 @@ from molmo_model.model_config import CHATML_END, CHATML_START, MessageFormat
 from molmo_model.nn.molmo import MolmoForConditionalGeneration  # noqa: F401 - registers the model
 from molmo_model.nn.molmo_config import MolmoConfig
 from molmo_model.preprocessing.collator import collate_prompts
-from molmo_model.preprocessing.image import decode_image
+from molmo_model.preprocessing.image import decode_image, upright_rgb
 from molmo_model.preprocessing.preprocessor import IGNORE, PREFIX_SEGMENT, Encoded, Preprocessor
 from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 from molmo_model.preprocessing.prompts import SystemPrompt, end_of_answer
@@ -43,6 +43,11 @@ STYLE = "qa"
 INPUTS = ("input_ids", "attention_mask")
 IMAGE_INPUTS = ("pixel_values", "pooling", "image_token_counts", "patch_masks", "crop_frames", "crop_videos")
 """What of a batch `generate` takes."""
+SELECTS = (
+    "this model selects image tokens by the question, which transformers' generate has no step for; "
+    "ask it with `python -m pipelines.generate`"
+)
+"""Why a HeMolmo gets no pictures here."""
 _TEMPLATE = """\
 {%- set seen = namespace(images=0, number=0) -%}
 {%- for message in messages -%}{%- if message.content is not string -%}{%- for part in message.content -%}
@@ -141,6 +146,7 @@ class MolmoProcessor:
             kwargs: variables of the template; `add_generation_prompt` changes nothing, a question always asks.
 
         Raises:
+            ConfigError: with `tokenize`, images for a model with a token selector.
             DataError: another part or role, or turns out of order.
         """
         images, turns = _read_messages(messages)
@@ -159,6 +165,7 @@ class MolmoProcessor:
                 several.
 
         Raises:
+            ConfigError: images for a model with a token selector, or whose images come after the question.
             DataError: a prompt does not begin as the template's do, or has other than one mark per image.
         """
         texts = [text] if isinstance(text, str) else list(text)
@@ -183,6 +190,8 @@ class MolmoProcessor:
 
     def _encode(self, prompt: str, images: Sequence[Image]) -> Encoded:
         """A prompt's text as the preprocessor would have made it of the messages."""
+        if self.config.selector_tokens and images:
+            raise ConfigError(SELECTS)
         if self.config.question_first or self.config.selector_tokens:
             raise ConfigError("this model's images depend on the question; use apply_chat_template(..., tokenize=True)")
         begin = self.tokenizer.bos_token or self.tokenizer.eos_token
@@ -219,13 +228,15 @@ class MolmoProcessor:
 
     def _batch(self, prompts: list[Encoded]) -> BatchFeature:
         batch = collate_prompts(prompts, self.config, self.preprocessor.pad_id)
+        if self.config.selector_tokens and len(batch["pooling"]):
+            raise ConfigError(SELECTS)  # `generate` would take none of the selector's arrays, nor the positions
         names = INPUTS + (IMAGE_INPUTS if len(batch["pooling"]) else ())  # `generate` counts positions from the mask
         inputs = {name: batch[name] for name in names if name in batch}
         return BatchFeature({**inputs, "mm_token_type_ids": batch["image_ids"]})
 
 
 def as_image(source: Any) -> Image:
-    """A picture of a PIL image, an array [H, W, 3] of bytes, an encoded file, or a path.
+    """A picture of a PIL image, an array [H, W, 3] of bytes, an encoded file, or a path; one reading for all of them.
 
     Raises:
         DataError: it is none of these, or cannot be read.
@@ -238,7 +249,8 @@ def as_image(source: Any) -> Image:
         source = PIL.Image.fromarray(source)
     if isinstance(source, PIL.Image.Image):
         buffer = io.BytesIO()
-        source.convert("RGB").save(buffer, "PNG")
+        source = upright_rgb(source)
+        source.save(buffer, "PNG")
         return Image(buffer.getvalue(), source.width, source.height, "PNG")
     if isinstance(source, str | Path):
         try:

@@ -9,11 +9,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molmo_model.artifacts import path_digest, write_manifest, write_text_atomic
 from molmo_model.config import checkpoint_name
 from pipelines.stage import Build, Key, Stage, main
+
+if TYPE_CHECKING:
+    from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 
 CHECKPOINT_SCHEMA = "molmo/checkpoint"
 CHECKPOINT_VERSION = 1
@@ -44,6 +47,8 @@ def build(build: Build) -> dict[str, Any]:
             equal_windows=model.model.vision_backbone.connector.equal_windows,
             selector=config.selector,
         )
+        if config.checkpoint is not None:
+            preprocessing = _as_the_weights_were_trained(name, preprocessing, Path(config.checkpoint))
     if config.selector is not None:
         _check_positions(name, preprocessing.tiling, model.config.text_config.max_position_embeddings)
     _check_padding(name, preprocessing.resize, model.config.padding_embedding)
@@ -57,6 +62,21 @@ def build(build: Build) -> dict[str, Any]:
     summary: dict[str, Any] = {"step": 0, "parameters": parameter_counts(model)}
     write_manifest(step, schema=CHECKPOINT_SCHEMA, version=CHECKPOINT_VERSION, summary=summary, **build.stamp)
     return {"steps": [0], "parameters": summary["parameters"]}
+
+
+def _as_the_weights_were_trained(name: str, config: "PreprocessorConfig", folder: Path) -> "PreprocessorConfig":
+    """Takes from a checkpoint's preprocessor what the params cannot say, and prints in what else the two differ."""
+    from dataclasses import asdict, replace
+
+    from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
+
+    path = folder / CONFIG_FILE
+    theirs = PreprocessorConfig.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    config = replace(config, shifted_patch_masks=theirs.shifted_patch_masks)
+    for field, value in asdict(config).items():
+        if value != (other := asdict(theirs)[field]):
+            print(f"assemble: models.{name}.preprocessing: {field} is {value} here, {other} in {folder}")
+    return config
 
 
 @contextlib.contextmanager

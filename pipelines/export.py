@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from molmo_model.errors import ConfigError
-from pipelines.stage import exit_on_error, option
+from pipelines.stage import checkpoint_folder, exit_on_error, option
 
 OPTIONS = ("checkpoint", "out", "dtype", "max_positions")
 
@@ -39,12 +39,6 @@ def parse(argv: Sequence[str], known: tuple[str, ...], required: tuple[str, ...]
     if missing := [name for name in required if name not in values]:
         raise ConfigError(f"{missing[0]}= is missing; --help shows the usage")
     return values
-
-
-def checkpoint_folder(name: str) -> Path:
-    """A checkpoint's folder, or the one that its name stands for: `<run>/step-<six digits>`, as in the report."""
-    named = Path("artifacts/checkpoints") / name
-    return named if not Path(name).exists() and named.exists() else Path(name)
 
 
 def export(values: dict[str, str]) -> list[str]:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molmo_model.errors import ConfigError, DataError
-from pipelines.stage import exit_on_error
+from pipelines.stage import checkpoint_folder, exit_on_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,6 +96,8 @@ def parse(argv: Sequence[str]) -> Request:
     for name in ("checkpoint", "prompt"):
         if name not in values:
             raise ConfigError(f"{name}= is missing; --help shows the usage")
+    if "heatmap" in values and not images:
+        raise ConfigError("heatmap= shows what is selected of a picture; give an image=")
     tokens = values.get("max_new_tokens", "256")
     if not tokens.isdecimal() or int(tokens) < 1:
         raise ConfigError(f"max_new_tokens={tokens} must be a whole number of at least 1")
@@ -104,7 +106,7 @@ def parse(argv: Sequence[str]) -> Request:
     except ValueError as error:
         raise ConfigError(f"keep_image_tokens={values['keep_image_tokens']} must be a number, 0 to 1") from error
     return Request(
-        checkpoint=_folder(values["checkpoint"]),
+        checkpoint=checkpoint_folder(values["checkpoint"]),
         prompt=values["prompt"],
         images=images,
         videos=videos,
@@ -118,17 +120,12 @@ def parse(argv: Sequence[str]) -> Request:
     )
 
 
-def _folder(name: str) -> Path:
-    """A checkpoint's folder, or the one that its name stands for: `<run>/step-<six digits>`, as in the report."""
-    named = Path("artifacts/checkpoints") / name
-    return named if not Path(name).exists() and named.exists() else Path(name)
-
-
 def answer(request: Request) -> str:
     """Answers a request, saves the picture if it was asked for or there are points; returns what to print.
 
     Raises:
-        MolmoError: the checkpoint or a picture cannot be read, or the picture cannot be saved.
+        MolmoError: the checkpoint or a picture cannot be read, or the picture cannot be saved; or a heatmap is asked of
+            a model without a token selector.
     """
     from molmo_model.config import Precision, lookup, read_decoding
     from molmo_model.data.example import Conversation, Example, Message
@@ -147,6 +144,10 @@ def answer(request: Request) -> str:
     from molmo_model.preprocessing.points import extract_points
 
     predictor = Predictor.load(request.checkpoint, precision)
+    if request.heatmap is not None:
+        from molmo_model.eval.heatmap import require_selector
+
+        require_selector(predictor)
     question = [Question(example)]
     (said,) = predictor.answer(question, request.max_new_tokens, decoding, request.keep_image_tokens)
     points = extract_points(said.text)
@@ -208,8 +209,6 @@ def _save_selection(
     """Saves every picture with what the model kept of it, and says so."""
     from molmo_model.eval.heatmap import draw_selection, selected_tokens
 
-    if not pictures:
-        raise ConfigError("heatmap= shows what is selected of a picture; give an image=")
     lines = []
     for number, (pixels, found) in enumerate(zip(pictures, selected_tokens(predictor, question), strict=True), start=1):
         path = out if number == 1 else out.with_stem(f"{out.stem}-{number}")

@@ -54,6 +54,7 @@ def build(build: Build) -> dict[str, Any]:
         "examples_per_pack": packing["examples_per_pack"],
         "token_fill": packing["token_fill"],
         "crop_fill": packing["crop_fill"],
+        "longest_example": packing["longest_example"],
         "allowed_leaks": len(leaks),
     }
 

@@ -230,6 +230,12 @@ def option(argument: str) -> tuple[str, str]:
     return name, value
 
 
+def checkpoint_folder(name: str) -> Path:
+    """A checkpoint's folder, or the one that its name stands for: `<run>/step-<six digits>`, as in the report."""
+    named = Path("artifacts/checkpoints") / name
+    return named if not Path(name).exists() and named.exists() else Path(name)
+
+
 def _finished(directory: Path, made_from: Mapping[str, Any], stage: Stage) -> Manifest | None:
     try:
         manifest = verify(directory, stage.schema)

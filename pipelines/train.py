@@ -116,6 +116,7 @@ class _Training:
             saved=len(saved),
             timings=self.timings,
             machine=machine,
+            longest_example=read_manifest(build.inputs["mixture"]).summary.get("longest_example"),
         )
         print("\n".join(preflight.lines(self.run_name, self.config, need, machine)), flush=True)
         _require_same_seed(build)

@@ -355,3 +355,14 @@ def test_command_line_refuses_in_one_line(arguments: list[str], named: str, caps
     message = capsys.readouterr().err
     assert named in message
     assert len(message.splitlines()) == 1
+
+
+def test_a_checkpoint_goes_by_its_name_or_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    published = Path("artifacts/checkpoints/sft/step-000500")
+    assert stages.checkpoint_folder("sft/step-000500") == Path("sft/step-000500")  # neither: the error names this one
+    published.mkdir(parents=True)
+    assert stages.checkpoint_folder("sft/step-000500") == published
+    assert stages.checkpoint_folder(str(published)) == published
+    Path("sft/step-000500").mkdir(parents=True)
+    assert stages.checkpoint_folder("sft/step-000500") == Path("sft/step-000500")

@@ -89,7 +89,8 @@ def packing_of(train: TrainConfig) -> dict[str, int]:
 def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda done: None) -> Mixture:
     """The plan's mixture with the packs of each window counted for a whole run: training then starts anywhere at once.
 
-    `info["packing"]` then says how full the packs of the run are and how far each entry gets.
+    `info["packing"]` then says how full the packs of the run are, how far each entry gets and how many tokens the
+    longest example has.
 
     Args:
         plan: what to count.
@@ -101,12 +102,13 @@ def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda 
     """
     packing, mixture = plan.packing, plan.mixture
     counts: list[int] = []
-    tokens = crops = done = 0
+    tokens = crops = done = longest = 0
     while done < packs:
         start = len(counts) * packing.window
         of_tokens, of_crops = mixture.costs_at(start, packing.window)
         counts.append(len(packing.packs_of(len(counts))))
         tokens, crops, done = tokens + int(of_tokens.sum()), crops + int(of_crops.sum()), done + counts[-1]
+        longest = max(longest, int(of_tokens.max()))
         report(done)
     examples = len(counts) * packing.window
     drawn = mixture.order.schedule.counts(examples).tolist()
@@ -124,6 +126,7 @@ def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda 
             "examples": examples,
             "examples_per_pack": round(examples / max(done, 1), 4),
             "token_fill": round(tokens / max(done * capacity.tokens, 1), 6),
+            "longest_example": longest,
             "crop_fill": round(crops / max(done * capacity.crops, 1), 6),
             "epochs": {e.name: round(n / len(e.rows), 4) for e, n in zip(mixture.entries, drawn, strict=True)},
         },

@@ -44,6 +44,12 @@ class TokenMap:
         return int(np.isfinite(self.importance).sum())
 
 
+def require_selector(predictor: Predictor) -> None:
+    """Raises a `ConfigError` where the model has no token selector."""
+    if predictor.model.config.selector is None:
+        raise ConfigError("the model has no token selector: it reads every image token, so no selection can be shown")
+
+
 def selected_tokens(predictor: Predictor, question: Question) -> list[TokenMap]:
     """What the model looks at closely when it is asked this, picture by picture.
 
@@ -51,9 +57,8 @@ def selected_tokens(predictor: Predictor, question: Question) -> list[TokenMap]:
         ConfigError: the model has no token selector.
         DataError: the question cannot be encoded.
     """
+    require_selector(predictor)
     model, preprocessor = predictor.model, predictor.preprocessor
-    if model.config.selector is None:
-        raise ConfigError("the model has no token selector: it reads every image token, so no selection can be shown")
     prompt = preprocessor.encode_prompt(question.example, question.conversation)
     batch = collate_prompts([prompt], preprocessor.config, preprocessor.pad_id)
     with torch.inference_mode(), predictor.autocast():

@@ -24,8 +24,9 @@ LIBRARIES = ("av", "numpy", "opencv-python-headless", "pillow", "tokenizers", "t
 """Installed packages whose version can change an answer."""
 MODEL_FILES = ("config.json", "generation_config.json")
 PREPROCESSOR_FILE = "molmo_preprocessor.json"
-OTHER_FILES = ("params.json", "model.safetensors.index.json")
-"""Files of a checkpoint that no answer depends on; all further files at its top are the tokenizer's."""
+OTHER_FILES = ("params.json", "model.safetensors.index.json", "chat_template.jinja")
+"""Files of a checkpoint that no answer depends on; all further files at its top are the tokenizer's. The chat template
+is for transformers' programs: our prompts are the preprocessor's."""
 CHECKSUM_CHARACTERS = 16
 """Hex characters of SHA-256 before every line: 64 bits tell damage from data."""
 
@@ -75,7 +76,7 @@ def identity_of(checkpoint: Manifest, code: str, decoding: Mapping[str, Any], pr
     """The identity of a checkpoint's answers, from the hashes in its manifest and the installed libraries.
 
     Args:
-        checkpoint: the checkpoint's manifest; its optimizer state and record of the params do not count.
+        checkpoint: the checkpoint's manifest; its optimizer state, record of the params and chat template do not count.
         code: digest of the sources that answer.
         decoding, precision: as in `Identity`.
     """

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import molmo_model
 from molmo_model.errors import CheckpointError, ConfigError
-from molmo_model.model_config import CHATML_END, CropMode, MessageFormat, ModelConfig
+from molmo_model.model_config import CHATML_END, CONNECTOR_MODULES, CropMode, MessageFormat, ModelConfig
 from molmo_model.nn.experts import idle_parameters
 from molmo_model.nn.language_model import load_language, text_config
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
@@ -149,7 +149,7 @@ def component_of(parameter: str) -> str:
     connector: they are new, as that is. Names may carry the prefixes of wrappers.
     """
     parts = parameter.split(".")
-    if {"extra_embedding", "connector", "learned_positions", "temporal", "token_selector"} & set(parts):
+    if set(CONNECTOR_MODULES) & set(parts):
         return "connector"
     return "vision" if "vision_backbone" in parts else "language"
 

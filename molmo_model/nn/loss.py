@@ -16,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-GPU_CHUNK = 1024
-"""Answered tokens per chunk on a GPU: 0.6 GB of fp32 logits for 152,064 words."""
-
 
 class AnsweredLoss(NamedTuple):
     """Sums over answered tokens."""

@@ -5,7 +5,8 @@
 Importing this module registers the classes, after which transformers' `AutoConfig`, `AutoModel` and
 `AutoModelForImageTextToText` load a checkpoint folder by themselves.
 
-Shape suffixes: B rows, S tokens of a row, C crops, T image tokens of the batch, V base vocabulary, E text width.
+Shape suffixes: B rows, S tokens of a row, C crops, T pooling windows of the batch (each becomes
+`num_queries` image tokens), V base vocabulary, E text width.
 """
 
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 
 from molmo_model.errors import ConfigError, DataError
+from molmo_model.model_config import GPU_CHUNK
 from molmo_model.nn.attention import IMPLEMENTATION, LayerMasks, masks_for
 from molmo_model.nn.dropout import PROBABILITY, add_residual_dropout, drop_probabilities
 from molmo_model.nn.experts import experts_per_token, load_balancing_loss, router_z_loss
 from molmo_model.nn.he_molmo import insert, reading_of, select, selector_inputs
-from molmo_model.nn.loss import GPU_CHUNK, answered_loss
+from molmo_model.nn.loss import answered_loss
 from molmo_model.nn.molmo_config import MolmoConfig
 from molmo_model.nn.token_selector import TokenSelector, selector_config
 from molmo_model.nn.vision_backbone import VisionBackbone
@@ -200,6 +202,9 @@ class MolmoModel(MolmoPreTrainedModel):
             mm_token_type_ids: transformers' name of `image_ids` in `generate`.
             mm_encoder_outputs: image tokens that `generate` has encoded already.
             kwargs: goes to the language model, except `selector_*`, which a HeMolmo needs with crops.
+
+        Raises:
+            DataError: `input_ids` are missing, or a HeMolmo has images without `selector_*`.
         """
         self._check_attention()
         if input_ids is None:
@@ -208,6 +213,8 @@ class MolmoModel(MolmoPreTrainedModel):
         image_ids = self.attended_images(mm_token_type_ids if image_ids is None else image_ids)
         tokens = self._image_tokens(pixel_values, pooling, patch_masks, (crop_frames, crop_videos), mm_encoder_outputs)
         where, selection = selector_inputs(kwargs), None
+        if self.token_selector is not None and not where and not mm_encoder_outputs:
+            self._check_no_images(pooling)
         if tokens is not None and where:
             reading = reading_of(input_ids, attention_mask, position_ids, example_ids, segment_ids, image_ids)
             selection = select(self, embeddings, tokens, reading, where)
@@ -302,6 +309,15 @@ class MolmoModel(MolmoPreTrainedModel):
                 patches = (size // self.config.vision_config.patch_size) ** 2
                 patch_masks = torch.ones(len(pixel_values), patches, device=device)
         return self.vision_backbone(pixel_values, pooling, patch_masks, *crops)
+
+    @staticmethod
+    def _check_no_images(pooling: Tensor | None) -> None:
+        """All candidates would be added to the places of those selected; a GPU does not count them."""
+        if pooling is not None and len(pooling):  # text has one empty crop and no window
+            raise DataError(
+                f"{len(pooling)} image tokens but no selector_* arrays; a model with a token selector needs batches of "
+                f"a preprocessor with selector_tokens, and answers by `python -m pipelines.generate`"
+            )
 
     def _check_attention(self) -> None:
         found = self.language_model.config._attn_implementation

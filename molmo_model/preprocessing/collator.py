@@ -39,7 +39,8 @@ def collate(
         [B, S].
         example_ids number a row's examples from 0, pads are `PAD_EXAMPLE`; image_ids number a row's images from 1.
         pixel_values: uint8 [C, H, W, 3], all crops of the batch, one black one if there are none.
-        pooling: int64 [T, W] flat patch numbers into C * patches, holes stay -1; rows in the order of the image tokens.
+        pooling: int64 [T, W] flat patch numbers into C * patches, holes stay -1; one row per window,
+        in the order of the image tokens that it becomes.
         patch_masks: float32 [C, patches] share of each patch that is picture; only with `config.patch_masks`.
         crop_frames, crop_videos: int64 [C] number of a film's frame within its clip, and of the clip in the batch; -1
         for the crop of a still image. Only if there is a clip.

@@ -77,10 +77,7 @@ def decode_image(data: bytes, *, name: str = "image", max_pixels: int = MAX_PIXE
                 raise DataError(f"{name}: {width} x {height} pixels are more than {max_pixels}; make it smaller")
             if image.format == "JPEG" and (pixels := _decode_jpeg(data, image)) is not None:
                 return pixels
-            image.load()
-            if _orientation(image) != UPRIGHT:
-                ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_to_rgb(image))
+            return np.asarray(upright_rgb(image))
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -89,6 +86,16 @@ def decode_image(data: bytes, *, name: str = "image", max_pixels: int = MAX_PIXE
         raise DataError(f"{name}: cannot be decoded ({len(data)} bytes): is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, ... on broken files
         raise DataError(f"{name}: cannot be decoded ({len(data)} bytes): {error}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image of any mode as RGB, turned upright as its EXIF orientation says; what is given stays as it is.
+
+    Raises:
+        OSError, and what else decoders raise: the image comes from a file that turns out to be broken.
+    """
+    image.load()
+    return _to_rgb(image if _orientation(image) == UPRIGHT else ImageOps.exif_transpose(image))
 
 
 UPRIGHT = 1

@@ -9,7 +9,7 @@ A sequence is a shared prefix (begin of text, then every image's tokens) followe
 Branches see the prefix and themselves, not each other (`segment of query <= segment of key`, and causal), so a tree of
 k conversations computes what k separate sequences would, with the image's tokens once. Positions restart per branch.
 Labels are already shifted: the label of place i is the token that place i predicts. Only answers have labels, each
-ending with the end-of-text token; the last one of a branch is predicted there but not fed.
+ending with the token that ends an answer; the last one of a branch is predicted there but not fed.
 """
 
 import json
@@ -47,7 +47,8 @@ IGNORE = -100
 
 @dataclass
 class Encoded:
-    """One example as arrays. S tokens, C crops, T image tokens (`<im_patch>`), W patches per pooling window."""
+    """One example as arrays. S tokens, C crops, T pooling windows, W patches of each; a window
+    becomes `tokens_per_window` image tokens (`<im_patch>`)."""
 
     input_ids: IntArray
     """[S]"""
@@ -489,7 +490,7 @@ class Preprocessor:
 
     def _branch(self, texts: Sequence[str], weight: float) -> _Branch:
         """A conversation as tokens. Labels are shifted: the last token of a question predicts the first of its answer,
-        and the last of an answer predicts the end of text, which is fed only where another question follows."""
+        and the last of an answer predicts the token that ends it, which is fed only where another question follows."""
         end = np.array([self.eos_id])
         ids: list[IntArray] = []
         targets: list[IntArray] = []

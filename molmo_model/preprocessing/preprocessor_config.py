@@ -53,7 +53,7 @@ class PreprocessorConfig:
     patch_masks: bool = False
     """Batches say which share of every patch is picture, for the connector's padding embeddings."""
     shifted_patch_masks: bool = False
-    """They say it of the crop before, as the models released in 2024 were trained; see `crops.patch_masks`."""
+    """They say it of the crop after it, as the models released in 2024 were trained; see `crops.patch_masks`."""
     selector_tokens: int = 0
     """High-resolution tokens of every image that a token selector keeps; 0 has none, and all of them enter."""
     selector_min_tokens: int = 0

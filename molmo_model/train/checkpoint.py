@@ -69,7 +69,7 @@ def save(
     """Writes the checkpoint `folder/step-NNNNNN` from all ranks; returns its manifest on the first rank.
 
     Args:
-        start: the checkpoint that the run began from; its tokenizer and preprocessor files are copied.
+        start: the checkpoint that the run began from; its tokenizer, preprocessor and generation files are copied.
         staging: scratch directory on the file system of `folder`, emptied first.
         stamp: `params`, `inputs` and `code` of the manifest.
         lora: the model has adapters, which are merged into the weights and written beside them.
@@ -87,8 +87,6 @@ def save(
     if ranks.first:
         _copy_companions(start, staging)
         model.config.save_pretrained(staging)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(staging)
         (staging / TRAIN_STATE / POSITION).write_text(canonical_json(position.__dict__) + "\n")
         (staging / "params.json").write_text(canonical_json(stamp["params"]) + "\n")
         manifest = write_manifest(staging, schema=SCHEMA, version=VERSION, summary=summary, **stamp)
@@ -206,7 +204,9 @@ def _plan_files(sizes: Mapping[str, int], file_bytes: int) -> dict[str, list[str
 
 
 def _copy_companions(start: Path, staging: Path) -> None:
-    """Tokenizer, preprocessor and other small files beside the weights: the same for every checkpoint of a model."""
+    """Tokenizer, preprocessor, `generation_config.json` and other small files beside the weights: the same for every
+    checkpoint of a model. The sharded model knows the generation's settings only as far as its configuration tells,
+    which has no end token."""
     for path in _companions(start):
         shutil.copyfile(path, staging / path.name)
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from molmo_model.config import LoraConfig, lookup
 from molmo_model.errors import ConfigError
+from molmo_model.model_config import CONNECTOR_MODULES
 from molmo_model.nn.build import component_of, parameter_counts
 
 ADAPTER = "adapter"
@@ -28,8 +29,6 @@ ADAPTER = "adapter"
 NAME = "default"
 """PEFT's name of the one set of adapters."""
 LANGUAGE_MODEL = "model.language_model."
-TRAINED_WHOLE = ("connector", "extra_embedding", "learned_positions", "temporal", "token_selector")
-"""Modules of the connector's component."""
 BASE_LAYER = ".base_layer."
 
 
@@ -124,7 +123,7 @@ def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, first: bool
             tensors[f"base_model.model.{plain}"] = _full(parameter.detach()).to("cpu", torch.float32).contiguous()
     if first:
         folder.mkdir(parents=True, exist_ok=True)
-        whole = [part for part in TRAINED_WHOLE if any(f".{part}." in name for name in tensors)]
+        whole = [part for part in CONNECTOR_MODULES if any(f".{part}." in name for name in tensors)]
         peft_config = _peft_config(config, whole=tuple(whole))
         peft_config.base_model_name_or_path = base
         peft_config.inference_mode = True

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from molmo_model.artifacts import digest_of, read_manifest
-from molmo_model.config import ActivationCheckpointing, Precision, TrainConfig, saved_steps
+from molmo_model.config import ActivationCheckpointing, ComponentOptim, Precision, TrainConfig, saved_steps
 from molmo_model.errors import PreflightError
+from molmo_model.model_config import CONNECTOR_MODULES, GPU_CHUNK
 from molmo_model.train.weights import LARGE_MODEL, read_shapes
 
 PROCESS_BYTES = 700_000_000
@@ -67,6 +68,8 @@ class Need:
     seconds_from: str
     longest: int | None
     """Positions that the language model knows."""
+    longest_example: int
+    """Positions that an example takes at most: each begins at 0, wherever in its pack it stands."""
 
     @property
     def total(self) -> int:
@@ -86,7 +89,16 @@ def survey(folder: Path) -> Machine:
     )
 
 
-def estimate(train: TrainConfig, start: Path, *, done: int, saved: int, timings: Path, machine: Machine) -> Need:
+def estimate(
+    train: TrainConfig,
+    start: Path,
+    *,
+    done: int,
+    saved: int,
+    timings: Path,
+    machine: Machine,
+    longest_example: int | None = None,
+) -> Need:
     """What a run needs from its params and the checkpoint it starts from.
 
     Args:
@@ -94,6 +106,7 @@ def estimate(train: TrainConfig, start: Path, *, done: int, saved: int, timings:
         done: steps already done.
         saved: checkpoints of the run that already lie on the disk.
         timings: log of earlier runs.
+        longest_example: tokens of the longest example that the run draws; None where the mixture does not say.
     """
     shapes = read_shapes(start)
     total = sum(math.prod(shape) for shape in shapes.values())
@@ -101,7 +114,7 @@ def estimate(train: TrainConfig, start: Path, *, done: int, saved: int, timings:
     trained = _trained(train, parameters, shapes)
     width = 4 if train.precision is Precision.fp32 else 2
     config = json.loads((start / "config.json").read_text(encoding="utf-8"))
-    activations = _activation_bytes(config, train, width)
+    activations = _activation_bytes(config, train, width, on_gpu=machine.gpus > 0)
     gathered = (
         total * width * (2 if total < LARGE_MODEL else 0.2)
     )  # weights and unsent gradients, or two blocks of them
@@ -124,6 +137,8 @@ def estimate(train: TrainConfig, start: Path, *, done: int, saved: int, timings:
         seconds=seconds,
         seconds_from=source,
         longest=config.get("text_config", {}).get("max_position_embeddings"),
+        # selected tokens keep the positions of the whole view, so that a HeMolmo's positions are not its tokens
+        longest_example=train.sequence_length if longest_example is None or config.get("selector") else longest_example,
     )
 
 
@@ -148,10 +163,10 @@ def check(train: TrainConfig, need: Need, machine: Machine) -> None:
             f"the checkpoints still to write take {size(need.disk)} with DVC's copy, {size(machine.disk)} are free;"
             " raise train.save_every, set train.keep_checkpoints, or free some space"
         )
-    if need.longest is not None and train.sequence_length > need.longest:
+    if need.longest is not None and min(need.longest_example, train.sequence_length) > need.longest:
         raise PreflightError(
-            f"train.sequence_length is {train.sequence_length}, the language model has {need.longest} positions; lower "
-            "it, or raise max_position_embeddings of the model"
+            f"train.sequence_length is {train.sequence_length} and an example may take {need.longest_example} of it, "
+            f"the language model has {need.longest} positions; lower it, or raise max_position_embeddings of the model"
         )
 
 
@@ -175,10 +190,9 @@ def lines(run: str, train: TrainConfig, need: Need, machine: Machine) -> list[st
     ]
     if not machine.gpus and train.processes * train.threads > machine.cores:
         found.append(f"  note: {train.processes} ranks x {train.threads} threads share {machine.cores} cores")
-    for name in ("vision", "connector", "language"):
-        component = getattr(train.optim, name)
+    for name, component in _components(train).items():
         trained = train.steps - (component.unfreeze_step or 1) + 1
-        if (not component.freeze or component.unfreeze_step) and component.warmup_steps >= trained:
+        if component.warmup_steps >= trained:
             found.append(
                 f"  note: {name} warms up for {component.warmup_steps} steps, the run has {trained} of it: it "
                 f"never reaches its learning rate; set train.optim.{name}.warmup_steps"
@@ -193,6 +207,8 @@ def pace_key(train: TrainConfig, parameters: int) -> str:
     modes: dict[str, Any] = {
         "precision": train.precision.value,
         "checkpointing": train.activation_checkpointing.value,
+        "compile": train.compile,
+        "trained": {name: one.unfreeze_step for name, one in _components(train).items()},
     }
     if train.lora is not None:
         modes["lora"] = {"rank": train.lora.rank, "targets": train.lora.targets}
@@ -242,25 +258,33 @@ def _parameters(start: Path, total: int) -> dict[str, int]:
     return {"model": total}
 
 
+def _components(train: TrainConfig) -> dict[str, ComponentOptim]:
+    """Settings of the components that a run trains, whole, by adapters, or from some step on."""
+    names = ["vision", "connector", "language"]
+    if train.lora is not None:
+        names = ["connector", "language"] if train.lora.train_connector else ["language"]
+    components = {name: getattr(train.optim, name) for name in names}
+    return {name: one for name, one in components.items() if not one.freeze or one.unfreeze_step is not None}
+
+
 def _trained(train: TrainConfig, parameters: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Parameters that get gradients and moments."""
     if train.lora is None:
-        components = {name: getattr(train.optim, name) for name in ("vision", "connector", "language")}
-        frozen = {name for name, one in components.items() if one.freeze and one.unfreeze_step is None}
+        frozen = {"vision", "connector", "language"} - set(_components(train))
         return sum(count for name, count in parameters.items() if name not in frozen)
     layers = tuple(f".{target}.weight" for target in train.lora.targets)
     adapters = [s for name, s in shapes.items() if ".language_model." in name and name.endswith(layers)]
-    connected = ("connector", "extra_embedding", "learned_positions", "temporal", "token_selector")
-    whole = connected if train.lora.train_connector else ()
+    whole = CONNECTOR_MODULES if train.lora.train_connector else ()
     connector = [shape for name, shape in shapes.items() if set(whole) & set(name.split("."))]
     return sum(train.lora.rank * sum(shape) for shape in adapters) + sum(map(math.prod, connector))
 
 
-def _activation_bytes(config: Mapping[str, Any], train: TrainConfig, width: int) -> int:
+def _activation_bytes(config: Mapping[str, Any], train: TrainConfig, width: int, on_gpu: bool) -> int:
     """Activations that one micro-batch of one rank keeps for the backward pass.
 
     Per token and layer about 16 vectors of the hidden and 4 of the MLP's width; the mask and, without a fused kernel,
-    nothing of the size S x S per head. With full checkpointing one vector per layer, and one layer in full.
+    nothing of the size S x S per head. With full checkpointing one vector per layer, and one layer in full. Logits,
+    their gradient and one more copy in fp32 for half of the tokens; on a GPU one chunk of the loss at a time.
     """
 
     def of_stack(part: Mapping[str, Any], positions: int) -> int:
@@ -273,11 +297,10 @@ def _activation_bytes(config: Mapping[str, Any], train: TrainConfig, width: int)
     text, vision = config.get("text_config", {}), config.get("vision_config", {})
     packs, tokens = train.packs_per_microbatch, train.sequence_length
     patches = (vision.get("image_size", 0) // max(1, vision.get("patch_size", 1))) ** 2
-    logits = packs * tokens * text.get("vocab_size", 0) * 4 * 3
+    answered = min(packs * tokens, GPU_CHUNK) if on_gpu else packs * tokens // 2
+    logits = answered * text.get("vocab_size", 0) * 4 * 3
     mask = packs * tokens * tokens
-    return (
-        of_stack(text, packs * tokens) + of_stack(vision, packs * train.crops_per_pack * patches) + logits // 2 + mask
-    )
+    return of_stack(text, packs * tokens) + of_stack(vision, packs * train.crops_per_pack * patches) + logits + mask
 
 
 def _logged_pace(timings: Path, key: str) -> float | None:

@@ -122,6 +122,7 @@ def test_planned_counts_spare_replaying_and_say_how_full_the_packs_are(plan, tmp
         sum(d.tokens for p in whole for d in p) / (160 * len(whole)), abs=1e-6
     )
     assert packing["crop_fill"] == pytest.approx(sum(d.crops for p in whole for d in p) / (12 * len(whole)), abs=1e-6)
+    assert packing["longest_example"] == max(d.tokens for p in whole for d in p)
     drawn = Counter(d.entry for p in whole for d in p)
     sizes = {entry.name: len(entry.rows) for entry in mixture.entries}
     assert packing["epochs"] == pytest.approx({name: drawn[name] / sizes[name] for name in sizes}, abs=1e-4)

@@ -110,6 +110,7 @@ def test_without_points_nothing_is_saved_unless_asked_for(project, said):
         (["checkpoint=c", "prompt=x", "image="], "image= is empty"),
         (["checkpoint=c", "prompt=x", "prompt=y"], "prompt= is given twice"),
         (["checkpoint=c", "prompt=x", "images=y"], "'images=y' is no option"),
+        (["checkpoint=c", "prompt=x", "heatmap=h.png"], "heatmap= shows what is selected of a picture; give an image="),
         (["checkpoint=c", "prompt=x", "max_new_tokens=-1"], "max_new_tokens=-1"),
         (["checkpoint=c", "prompt=x", "precision=fp64"], "fp64"),
         (["checkpoint=c", "prompt=x", "decoding.num_beam=2"], "num_beam"),

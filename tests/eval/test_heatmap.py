@@ -54,7 +54,7 @@ def test_maps_say_what_was_selected():
 
 
 @pytest.mark.parametrize("selector", [{"tokens": 5}, None], ids=["selecting", "plain"])
-def test_on_the_command_line(selector, tmp_path, capsys):
+def test_on_the_command_line(selector, tmp_path, capsys, monkeypatch):
     model, encode = build(selector)
     model.save_pretrained(tmp_path / "model")
     encode.save_pretrained(tmp_path / "model")
@@ -64,6 +64,7 @@ def test_on_the_command_line(selector, tmp_path, capsys):
     options = [f"checkpoint={tmp_path / 'model'}", "prompt=what?", f"image={tmp_path / 'a.png'}", "max_new_tokens=2"]
     options += [f"image={tmp_path / 'a.png'}", f"heatmap={out}"]
     if selector is None:
+        monkeypatch.setattr(Predictor, "answer", None)  # refused before anything is computed
         with pytest.raises(SystemExit) as ended:
             generate.main(options)
         assert ended.value.code == 2 and "no token selector" in capsys.readouterr().err

@@ -94,8 +94,10 @@ def test_new_tokenizer_files_count():
     assert identity(merges__txt="x") != identity()
 
 
-@pytest.mark.parametrize("name", ["params__json", "train_state/part__distcp", "train_state/more__distcp"])
-def test_optimizer_state_and_the_record_of_params_do_not_count(name):
+@pytest.mark.parametrize(
+    "name", ["params__json", "chat_template__jinja", "train_state/part__distcp", "train_state/more__distcp"]
+)
+def test_what_no_answer_depends_on_does_not_count(name):
     assert identity(**{name: "x"}) == identity()
 
 

@@ -379,6 +379,13 @@ def test_batches_of_another_preprocessor_are_refused():
     prompt = collate_prompts([plain.encode_prompt(examples(1)[0])], plain.config)
     with pytest.raises(DataError, match="selector_tokens"):
         generate(model, prompt, 2, [511])
+    inputs = {name: prompt[name] for name in ("input_ids", "attention_mask", "pixel_values", "pooling")}
+    with pytest.raises(DataError, match=r"image tokens but no selector_\* arrays"):
+        model.eval()(**inputs)
+    text = replace(example([asked("no picture", "none")], ()), id="text")
+    empty = collate_prompts([plain.encode_prompt(text)], plain.config)
+    assert len(empty["pooling"]) == 0
+    model(**{name: empty[name] for name in inputs})  # nothing to select from
     several = examples(1, conversations=2)[0]
     _, first = build({"tokens": 4, "question_first": True})
     with pytest.raises(DataError, match="max_conversations: 1"):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from molmo_model.exchange import NATIVE_TOKENS, export_molmo2, import_folder
 from molmo_model.nn.build import build_model
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
 from molmo_model.preprocessing.preprocessor import Preprocessor
-from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
+from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
 from molmo_model.preprocessing.tokenizer import load_tokenizer
 from molmo_model.processing import MolmoProcessor
 from pipelines import export, import_checkpoint
+from pipelines.assemble import _as_the_weights_were_trained
 from tests.nn.test_convert_released import CONFIGS, random_release, write
 
 BYTES = "molmo_model/preprocessing/tokenizers/bytes512"
@@ -98,12 +100,21 @@ def test_an_export_comes_back_as_it_was(checkpoint: Path, exported: Path, tmp_pa
     assert old.tokenizer.get_vocab() == {t: i for t, i in new.tokenizer.get_vocab().items() if "EXTRA" not in t}
 
 
-def test_an_imported_folder_is_what_a_model_starts_from(checkpoint: Path) -> None:
+def test_an_imported_folder_is_what_a_model_starts_from(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entry = {"preset": "demo-native", "checkpoint": str(checkpoint)}
     model = params_from_dict({"version": 2, "models": {"x": entry}}, "test").models["x"]
     built, loaded = build_model(model, seed=9), MolmoForConditionalGeneration.from_pretrained(checkpoint)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, built.state_dict()[name]), name
+    found = json.loads((checkpoint / CONFIG_FILE).read_text())
+    theirs = PreprocessorConfig.from_json({**found, "max_crops": 3, "shifted_patch_masks": True})
+    (checkpoint / CONFIG_FILE).write_text(json.dumps(theirs.to_json()))
+    try:
+        kept = _as_the_weights_were_trained("x", replace(theirs, max_crops=2, shifted_patch_masks=False), checkpoint)
+    finally:
+        (checkpoint / CONFIG_FILE).write_text(json.dumps(found))
+    assert kept.shifted_patch_masks and kept.max_crops == 2  # what the params cannot say, and what they say
+    assert f"models.x.preprocessing: max_crops is 2 here, 3 in {checkpoint}" in capsys.readouterr().out
     model.language.num_layers = 1
     with pytest.raises(CheckpointError, match=r"another model than the params describe: .*layers\.1.* not None"):
         build_model(model, seed=9)

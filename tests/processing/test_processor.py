@@ -13,15 +13,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from molmo_model.config import params_from_dict
 from molmo_model.data.example import Conversation, Example, Message
-from molmo_model.errors import DataError
+from molmo_model.errors import ConfigError, DataError
 from molmo_model.model_config import MessageFormat
 from molmo_model.nn.build import build_model
+from molmo_model.preprocessing.image import decode_image
 from molmo_model.preprocessing.preprocessor import Preprocessor
 from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 from molmo_model.preprocessing.prompts import SystemPrompt
 from molmo_model.preprocessing.tokenizer import load_tokenizer
 from molmo_model.processing import IMAGE, MolmoProcessor, as_image
 from molmo_model.source_digest import ROOT
+from tests.preprocessing.examples import saved
 
 BYTES = "molmo_model/preprocessing/tokenizers/bytes512"
 TALK = ["What is <this>?", "A cat.", "And  how many\nlegs?", "Four.", "Point at them. "]
@@ -147,3 +149,54 @@ def test_what_does_not_fit_is_refused() -> None:
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video", "video": "x.mp4"}]}])
     with pytest.raises(DataError, match="give a PIL image"):
         as_image(3)
+
+
+def test_pictures_for_a_token_selector_are_refused() -> None:
+    processor = MolmoProcessor(make_preprocessor(selector_tokens=4))
+    messages = messages_of(["What is it?"], pictures(1))
+    with pytest.raises(ConfigError, match=r"python -m pipelines\.generate"):
+        processor.apply_chat_template(messages, tokenize=True)
+    with pytest.raises(ConfigError, match=r"python -m pipelines\.generate"):
+        processor(processor.apply_chat_template(messages), pictures(1))
+    text = processor.apply_chat_template(messages_of(["What is it?"], []), tokenize=True)
+    assert text.keys() == {"input_ids", "attention_mask", "mm_token_type_ids"}
+
+
+def turned(orientation: int) -> dict[str, Any]:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+COLOUR = np.random.default_rng(5).integers(0, 256, (24, 40, 4), dtype=np.uint8)
+DEEP = np.random.default_rng(6).integers(0, 65536, (24, 40), dtype=np.uint16)
+FILES = {
+    "jpeg": saved(PIL.Image.fromarray(COLOUR[..., :3]), "JPEG"),
+    "turned jpeg": saved(PIL.Image.fromarray(COLOUR[..., :3]), "JPEG", **turned(6)),
+    "turned grey png": saved(PIL.Image.fromarray(COLOUR[..., 0]), "PNG", **turned(5)),
+    "alpha": saved(PIL.Image.fromarray(COLOUR), "PNG"),
+    "turned alpha": saved(PIL.Image.fromarray(COLOUR), "PNG", **turned(8)),
+    "transparent colour": saved(PIL.Image.fromarray(COLOUR[..., 0] // 64 * 64), "PNG", transparency=64),
+    "16 bits": saved(PIL.Image.fromarray(DEEP), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pil_image_is_read_like_its_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture.bin"
+    path.write_bytes(FILES[name])
+    by_path = as_image(path)
+    with PIL.Image.open(path) as opened:
+        size = opened.size
+        by_image = as_image(opened)
+        assert opened.size == size  # what is the caller's stays as it is
+    assert (by_image.width, by_image.height) == (by_path.width, by_path.height)
+    assert (size != (by_image.width, by_image.height)) is name.startswith("turned")
+    assert np.array_equal(decode_image(by_image.data), decode_image(by_path.data))
+
+
+def test_transparency_is_white_and_16_bits_keep_their_high_byte() -> None:
+    clear = PIL.Image.new("RGBA", (3, 2), (0, 0, 0, 0))
+    assert (decode_image(as_image(clear).data) == 255).all()
+    for deep in (DEEP, PIL.Image.fromarray(DEEP)):
+        assert np.array_equal(decode_image(as_image(deep).data)[..., 0], DEEP >> 8)

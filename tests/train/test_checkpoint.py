@@ -41,7 +41,10 @@ def test_a_checkpoint_loads_everywhere_and_has_equal_bytes_twice(make_trainer: A
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == torch.float32
         assert torch.equal(trainer.model.state_dict()[name].full_tensor(), tensor), name
-    assert AutoTokenizer.from_pretrained(folder).eos_token_id is not None
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    assert end is not None and loaded.generation_config.eos_token_id == loaded.generation_config.pad_token_id == end
+    generation = [(path / "generation_config.json").read_bytes() for path in (START, folder)]
+    assert generation[0] == generation[1]
     assert Preprocessor.from_pretrained(folder).config == Preprocessor.from_pretrained(START).config
     digest = manifest.digest
     shutil.rmtree(folder)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from molmo_model.artifacts import write_manifest
-from molmo_model.config import ComponentOptim, OptimConfig, TrainConfig, load_params
+from molmo_model.artifacts import read_manifest, write_manifest
+from molmo_model.config import ComponentOptim, LoraConfig, OptimConfig, TrainConfig, load_params
 from molmo_model.errors import CheckpointError, DataError, PreflightError
 from molmo_model.source_digest import ROOT, source_closure
 from molmo_model.train import preflight
@@ -96,8 +96,15 @@ def test_metrics_go_on_where_the_checkpoint_was(tmp_path: Path) -> None:
     assert rows[1] == "1,1.5,0.1,0.2,1.0,2.0" and len(rows) == 5
 
 
-def estimate(train: TrainConfig, timings: Path = Path("none"), machine: preflight.Machine = MACHINE) -> preflight.Need:
-    return preflight.estimate(train, START, done=0, saved=0, timings=timings, machine=machine)
+def estimate(
+    train: TrainConfig,
+    timings: Path = Path("none"),
+    machine: preflight.Machine = MACHINE,
+    longest_example: int | None = None,
+) -> preflight.Need:
+    return preflight.estimate(
+        train, START, done=0, saved=0, timings=timings, machine=machine, longest_example=longest_example
+    )
 
 
 def test_preflight_counts_what_is_there(workspace: Path) -> None:
@@ -123,11 +130,68 @@ def test_preflight_refuses_what_cannot_fit(workspace: Path) -> None:
     with pytest.raises(PreflightError, match=r"1 MB are free; raise train.save_every"):
         preflight.check(TRAIN, estimate(TRAIN), replace(MACHINE, disk=1_000_000))
     long = replace(TRAIN, sequence_length=4096)
-    with pytest.raises(PreflightError, match="sequence_length is 4096, the language model has 1024"):
+    with pytest.raises(PreflightError, match=r"sequence_length is 4096 and an example may .*language model has 1024"):
         preflight.check(long, estimate(long), MACHINE)
     gpus = replace(MACHINE, gpus=1, gpu_memory=80_000_000_000)
     with pytest.raises(PreflightError, match="processes is 2, this machine has 1 GPUs"):
         preflight.check(TRAIN, estimate(TRAIN), gpus)
+
+
+def test_packs_may_be_longer_than_the_positions_but_no_example(workspace: Path) -> None:
+    """Positions begin anew with every example of a pack."""
+    train = load_params().runs["go"].train
+    long = replace(train, sequence_length=4096)
+    preflight.check(long, estimate(long, longest_example=1024), MACHINE)
+    with pytest.raises(PreflightError, match="an example may take 1025 of it, the language model has 1024"):
+        preflight.check(long, estimate(long, longest_example=1025), MACHINE)
+    summary = read_manifest(Path("artifacts/mixture/go")).summary
+    assert 0 < summary["longest_example"] <= train.sequence_length
+    config = json.loads((START / "config.json").read_text())
+    (START / "config.json").write_text(json.dumps({**config, "selector": {"tokens": 4}}))
+    with pytest.raises(PreflightError, match="may take 4096 of it"):  # its positions are more than its tokens
+        preflight.check(long, estimate(long, longest_example=1024), MACHINE)
+
+
+def test_logits_on_a_gpu_are_those_of_one_chunk(workspace: Path) -> None:
+    from molmo_model.model_config import GPU_CHUNK
+
+    gpus = replace(MACHINE, gpus=2, gpu_memory=80_000_000_000)
+    vocabulary = json.loads((START / "config.json").read_text())["text_config"]["vocab_size"]
+    for length, chunk in ((64, 64), (4 * GPU_CHUNK, GPU_CHUNK)):
+        train = replace(TRAIN, sequence_length=length)
+        on_gpu, on_cpu = (estimate(train, machine=machine).activations_per_rank for machine in (gpus, MACHINE))
+        assert on_gpu - on_cpu == (chunk - length // 2) * vocabulary * 12
+
+
+def test_warm_ups_of_what_adapters_freeze_are_not_noted() -> None:
+    def noted(train: TrainConfig) -> list[str]:
+        need = preflight.Need({}, 0, 0, 0, 0, 10, 0, 0, 0, None, "", None, 64)
+        found = preflight.lines("go", train, need, MACHINE)
+        return [line.split()[1] for line in found if "warms up" in line]
+
+    assert noted(TRAIN) == ["vision", "connector", "language"]
+    assert noted(replace(TRAIN, lora=LoraConfig())) == ["connector", "language"]
+    assert noted(replace(TRAIN, lora=LoraConfig(train_connector=False))) == ["language"]
+    frozen = replace(TRAIN, optim=OptimConfig(vision=ComponentOptim(freeze=True)))
+    assert noted(frozen) == ["connector", "language"]
+
+
+def test_what_changes_the_time_of_a_step_changes_its_key() -> None:
+    frozen = [
+        OptimConfig(vision=ComponentOptim(freeze=True, unfreeze_step=step), connector=connector)
+        for step in (None, 5)
+        for connector in (ComponentOptim(), ComponentOptim(freeze=True))
+    ]
+    adapters = [LoraConfig(), LoraConfig(train_connector=False)]
+    changed = [
+        TRAIN,
+        replace(TRAIN, compile=True),
+        *(replace(TRAIN, optim=optim) for optim in frozen),
+        *(replace(TRAIN, lora=lora) for lora in adapters),
+    ]
+    assert len({preflight.pace_key(train, 100) for train in changed}) == len(changed)
+    faster = replace(TRAIN, optim=OptimConfig(vision=ComponentOptim(learning_rate=1.0)))
+    assert preflight.pace_key(faster, 100) == preflight.pace_key(TRAIN, 100)
 
 
 def test_the_expected_time_is_that_of_the_last_equal_run(workspace: Path, tmp_path: Path) -> None:
