@@ -98,7 +98,12 @@ def molmo(tiny: bool) -> ModelConfig:
         family="qwen2", hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12, num_key_value_heads=2,
         vocab_size=151936, extra_vocab_size=128, max_position_embeddings=4096,
     )  # fmt: skip
-    return ModelConfig(vision=vision, connector=ConnectorConfig(num_heads=16), language=language, tokenizer=TOKENIZER)
+    return ModelConfig(
+        vision=vision,
+        connector=ConnectorConfig(num_heads=16, projector_hidden_size=4480),
+        language=language,
+        tokenizer=TOKENIZER,
+    )
 
 
 MODELS: dict[str, Callable[[bool, int], ModelConfig]] = {"molmo": lambda tiny, _: molmo(tiny), "he_molmo": gpu_model}

@@ -304,7 +304,7 @@ def gpu_model(tiny: bool = False, tokens: int = 512) -> ModelConfig:
     )  # fmt: skip
     return ModelConfig(
         vision=vision,
-        connector=ConnectorConfig(num_heads=16),
+        connector=ConnectorConfig(num_heads=16, projector_hidden_size=4480),
         language=language,
         preprocessing=preprocessing,
         selector=SelectorConfig(tokens=tokens) if tokens else None,
