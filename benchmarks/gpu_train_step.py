@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.he_molmo import gpu_batch, gpu_model
 from molmo_model.config import ComponentOptim, OptimConfig, Precision
-from molmo_model.model_config import ConnectorConfig, LanguageConfig, ModelConfig, VisionConfig
+from molmo_model.model_config import ModelConfig
 from molmo_model.nn.attention import allowed, block_mask, dense_mask, masks_for, molmo_attention
 from molmo_model.nn.build import build_config, component_of, parameter_counts, restore_buffers
 from molmo_model.nn.loss import answered_places
@@ -79,31 +79,11 @@ FULL, TINY = Shape(tokens=2536, crops=13, answered=512), Shape(tokens=75, crops=
 
 
 def molmo(tiny: bool) -> ModelConfig:
-    """CLIP ViT-L/14-336 and Qwen2-1.5B's shapes, or both very small."""
-    if tiny:
-        vision = VisionConfig(
-            encoder="clip", image_size=32, patch_size=4, hidden_size=64, intermediate_size=96, num_layers=3,
-            num_heads=4, feature_layers=[2, 1],
-        )  # fmt: skip
-        language = LanguageConfig(
-            family="qwen2", hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_key_value_heads=2,
-            vocab_size=600, max_position_embeddings=256,
-        )  # fmt: skip
-        return ModelConfig(vision=vision, connector=ConnectorConfig(), language=language, tokenizer=TOKENIZER)
-    vision = VisionConfig(
-        encoder="clip", image_size=336, patch_size=14, hidden_size=1024, intermediate_size=4096, num_layers=23,
-        num_heads=16, feature_layers=[22, 15],
-    )  # fmt: skip
-    language = LanguageConfig(
-        family="qwen2", hidden_size=1536, intermediate_size=8960, num_layers=28, num_heads=12, num_key_value_heads=2,
-        vocab_size=151936, extra_vocab_size=128, max_position_embeddings=4096,
-    )  # fmt: skip
-    return ModelConfig(
-        vision=vision,
-        connector=ConnectorConfig(num_heads=16, projector_hidden_size=4480),
-        language=language,
-        tokenizer=TOKENIZER,
-    )
+    """The HeMolmo's model without its selector; the small one with the vocabulary that its sequences draw from."""
+    model = gpu_model(tiny, tokens=0)
+    if not tiny:
+        return model
+    return replace(model, language=replace(model.language, vocab_size=600, max_position_embeddings=256))
 
 
 MODELS: dict[str, Callable[[bool, int], ModelConfig]] = {"molmo": lambda tiny, _: molmo(tiny), "he_molmo": gpu_model}
