@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks.side_by_side import result
 from molmo_model.config import load_params
 from molmo_model.data.example import Example
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shard_reader import ShardReader
 from molmo_model.eval import tasks
 from molmo_model.eval.inference import Predictor
 from molmo_model.eval.metrics import METRICS

@@ -87,7 +87,8 @@ def check_of(rule: Rule) -> dg.AssetChecksDefinition:
 def find_schema_of_shards(item: Artefact, params: Params) -> Findings:
     """Columns and rows of the index keep their contract."""
     from molmo_model.data.schemas import check_table
-    from molmo_model.data.shards import INDEX, ShardReader
+    from molmo_model.data.shard_reader import ShardReader
+    from molmo_model.data.shards import INDEX
 
     index = ShardReader(item.path).index
     check_table(index, "index", str(item.path / INDEX))
@@ -96,7 +97,7 @@ def find_schema_of_shards(item: Artefact, params: Params) -> Findings:
 
 def find_coverage_of_shards(item: Artefact, params: Params) -> Findings:
     """Every example has one row, every row lies in a shard that is there, and no two share an id."""
-    from molmo_model.data.shards import ShardReader
+    from molmo_model.data.shard_reader import ShardReader
 
     index = ShardReader(item.path).index
     ids = index["id"].to_pylist()
@@ -137,7 +138,7 @@ def find_schema_of_predictions(item: Artefact, params: Params) -> Findings:
 
 def find_coverage_of_predictions(item: Artefact, params: Params) -> Findings:
     """One prediction for each question of the task: none missing, none twice, none besides."""
-    from molmo_model.data.shards import ShardReader
+    from molmo_model.data.shard_reader import ShardReader
     from molmo_model.eval.predictions import FILE, read_jsonl
     from molmo_model.eval.tasks import items
 

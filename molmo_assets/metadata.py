@@ -229,7 +229,7 @@ def _examples(shards: Path, rows: Iterable[int]) -> Iterable[tuple[int, Any]]:
     """Rows of a dataset that are there; none when the dataset is not."""
     if not (shards / "index.parquet").exists():
         return
-    from molmo_model.data.shards import ShardReader
+    from molmo_model.data.shard_reader import ShardReader
 
     reader = ShardReader(shards)
     for row in rows:

@@ -50,7 +50,12 @@ class DatasetConfig:
     family: str = MISSING
     """A name of the table in `molmo_model.data.datasets`; `chat` reads your own JSONL or Parquet file."""
     path: str | None = None
-    """File of a `chat` dataset (`.jsonl` or `.parquet`); local path or URL."""
+    """Where the data lie: the `.jsonl` or `.parquet` file of a `chat` dataset (local path or URL), or a local snapshot
+    of a published dataset (folder, `.parquet`, `.jsonl` or `.tar` files). None: the family's own hub repository."""
+    revision: str | None = None
+    """Commit, tag or branch of a published dataset; None is the one that the family names."""
+    downloads: str | None = None
+    """List of what could be downloaded, for datasets of URLs: `python -m pipelines.download dataset=NAME` writes it."""
     image_root: str | None = None
     """Folder that relative image paths start from; default: the folder of `path`."""
     train_examples: int | None = None

@@ -26,7 +26,7 @@ def build(build: Build) -> dict[str, Any]:
     from molmo_model.data.mixture import check_leaks, resolve
     from molmo_model.data.plan import Plan, plan_packs
     from molmo_model.data.schemas import check_table
-    from molmo_model.data.shards import ShardReader
+    from molmo_model.data.shard_reader import ShardReader
     from molmo_model.preprocessing.preprocessor import Preprocessor
 
     run = build.params.runs[build.key["run"]]

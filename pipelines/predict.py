@@ -16,7 +16,7 @@ from pipelines.stage import Build, Stage, main, state_root
 if TYPE_CHECKING:
     from molmo_model.artifacts import Manifest
     from molmo_model.config import Precision, Quantization, TaskConfig
-    from molmo_model.data.shards import ShardReader
+    from molmo_model.data.shard_reader import ShardReader
     from molmo_model.eval.inference import Predictor
     from molmo_model.eval.journal import Journal
     from molmo_model.eval.tasks import Item
@@ -52,7 +52,7 @@ def build(stage: Build) -> dict[str, Any]:
     from molmo_model.artifacts import read_manifest, verify_file
     from molmo_model.config import lookup
     from molmo_model.data.schemas import check_table
-    from molmo_model.data.shards import ShardReader
+    from molmo_model.data.shard_reader import ShardReader
     from molmo_model.eval import predictions, tasks
     from molmo_model.eval.journal import Journal, identity_of
     from molmo_model.eval.metrics import METRICS

@@ -15,7 +15,7 @@ def build(stage: Build) -> dict[str, Any]:
     """Collects scorecards, predictions, pictures and losses, and writes the report."""
     from functools import cache
 
-    from molmo_model.data.shards import ShardReader
+    from molmo_model.data.shard_reader import ShardReader
     from molmo_model.eval import report
 
     @cache

@@ -18,7 +18,8 @@ def build(build: Build) -> dict[str, Any]:
     """Writes `validation.json` and the pages; returns the counts."""
     from molmo_model.data import expectations
     from molmo_model.data.schemas import check_table
-    from molmo_model.data.shards import INDEX, ShardReader
+    from molmo_model.data.shard_reader import ShardReader
+    from molmo_model.data.shards import INDEX
 
     name, folder = build.key["dataset"], build.inputs["shards"]
     reader = ShardReader(folder)

@@ -21,6 +21,11 @@ from molmo_model.errors import DataError
 
 ROLES = ("user", "assistant")
 SPLITS = ("train", "eval")
+_TEXTS = ("alternatives", "options")
+"""Fields of a message that are lists of texts; written only where they are not empty."""
+
+MAX_OPTIONS = 26
+"""Choices of one question: they are lettered from A to Z."""
 
 Point = tuple[float, float]
 """x from the left and y from the top, in percent of the image's width and height."""
@@ -92,7 +97,8 @@ class Video:
 @dataclass(frozen=True)
 class Message:
     """One turn. A user's turn is text or, with text None, a prompt drawn from the style's templates. An assistant's
-    turn is either text or points."""
+    turn is either text or points. What has several wordings (answers of equal votes, transcripts, paraphrases) stands
+    as `text` and `alternatives`: training draws one of them, evaluation takes `text`."""
 
     role: str
     """`user` or `assistant`."""
@@ -101,6 +107,11 @@ class Message:
     """The answer as points, rendered to text by the preprocessor; the empty tuple says that there are none."""
     label: str | None = None
     """What is pointed at; fills the place of the label in a prompt template and in the points' text."""
+    alternatives: tuple[str, ...] = ()
+    """Texts that could stand in place of `text`, each as good."""
+    options: tuple[str, ...] = ()
+    """Choices that a user's question offers, in order; `prompts` writes them behind the question as `A: ...`. The
+    assistant's text is then the letter of the right one."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,9 @@ class BadRow:
     field: str
     """The field at fault, such as `messages[1].content`; `row` for the row as a whole."""
     reason: str
+    known: bool = False
+    """Already accounted for elsewhere, as a dead link in the list of downloads is: listed, but no fault of the data, so
+    it does not count against the tolerance."""
 
 
 def item_id(example: Example, conversation: int) -> str:
@@ -320,6 +334,7 @@ def _check_message(message: Message, has_image: bool, name: str, where: str) -> 
             _refuse(name, f"{where}.{part}", f"is {value!r}; it must be text that is not empty")
         if problem := plain_problem(value, f"{where}.{part}"):
             _refuse(name, *problem)
+    _check_texts(message, name, where)
     if message.role == "user":
         if message.points is not None:
             _refuse(name, f"{where}.points", "stands in a user's turn; only an assistant answers with points")
@@ -337,6 +352,22 @@ def _check_message(message: Message, has_image: bool, name: str, where: str) -> 
             _refuse(name, f"{where}.points[{i}]", f"is {point!r}; it must be a pair of finite numbers")
         if not all(0 <= value <= 100 for value in point):
             _refuse(name, f"{where}.points[{i}]", f"is {point}, outside the image: both must lie in [0, 100] percent")
+
+
+def _check_texts(message: Message, name: str, where: str) -> None:
+    """Alternatives and options."""
+    for part in _TEXTS:
+        for i, value in enumerate(getattr(message, part)):
+            if not isinstance(value, str) or not value.strip():
+                _refuse(name, f"{where}.{part}[{i}]", f"is {value!r}; it must be text that is not empty")
+            if problem := plain_problem(value, f"{where}.{part}[{i}]"):
+                _refuse(name, *problem)
+    if message.alternatives and message.text is None:
+        _refuse(name, f"{where}.alternatives", "stand without the text that they are alternatives of")
+    if message.options and (message.role != "user" or message.text is None):
+        _refuse(name, f"{where}.options", "belong to a user's turn with a text")
+    if not 0 <= len(message.options) <= MAX_OPTIONS or len(message.options) == 1:
+        _refuse(name, f"{where}.options", f"are {len(message.options)}; a question offers 2 to {MAX_OPTIONS}")
 
 
 def _check_metadata(metadata: Any, name: str, where: str) -> None:
@@ -360,6 +391,7 @@ def _conversation_json(conversation: Conversation) -> dict[str, Any]:
                 "text": message.text,
                 "points": None if message.points is None else [list(point) for point in message.points],
                 "label": message.label,
+                **{name: list(getattr(message, name)) for name in _TEXTS if getattr(message, name)},
             }
             for message in conversation.messages
         ],
@@ -428,7 +460,9 @@ def _conversation(raw: Any, name: Any, where: str) -> Conversation:
     fields = _fields(raw, name, where, ("style", "messages", "weight", "metadata"))
     messages = []
     for i, item in enumerate(_list(fields["messages"], name, f"{where}.messages")):
-        parts = _fields(item, name, f"{where}.messages[{i}]", ("role", "text", "points", "label"))
+        more = tuple(one for one in _TEXTS if isinstance(item, Mapping) and one in item)
+        parts = _fields(item, name, f"{where}.messages[{i}]", ("role", "text", "points", "label", *more))
+        parts |= {one: tuple(_list(parts[one], name, f"{where}.messages[{i}].{one}")) for one in more}
         points = parts["points"]
         if points is not None:
             pairs = _list(points, name, f"{where}.messages[{i}].points")

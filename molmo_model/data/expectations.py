@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shard_reader import ShardReader
 
 if TYPE_CHECKING:
     import great_expectations as gx

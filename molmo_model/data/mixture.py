@@ -28,7 +28,7 @@ from molmo_model.artifacts import write_text_atomic
 from molmo_model.config import MixtureEntry
 from molmo_model.data.example import Example
 from molmo_model.data.order import Ints, Keys, Order, Schedule, Source, Window, key_of, resolve_shares, subkey
-from molmo_model.data.shards import ShardReader, numbers, read_columns
+from molmo_model.data.shard_reader import ShardReader, numbers, read_columns
 from molmo_model.errors import ArtifactError, ConfigError, DataError
 
 SCHEMA = "molmo/mixture"

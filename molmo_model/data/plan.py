@@ -11,7 +11,7 @@ from molmo_model.config import TrainConfig
 from molmo_model.data.example import Example
 from molmo_model.data.mixture import Draw, Mixture
 from molmo_model.data.packing import Capacity, Packing
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import ArtifactError
 
 

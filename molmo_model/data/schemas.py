@@ -106,6 +106,7 @@ def _index() -> "pandera.pandas.DataFrameSchema":
             "size": _whole(1),
             "text_size": _whole(1),
             "sha256": _text(pa.Check.str_matches(SHA256)),
+            "xxh3": _whole(0),
             "n_images": _whole(0),
             "widths": _lists(_pixels, "sides of at least 1 pixel"),
             "heights": _lists(_pixels, "sides of at least 1 pixel"),
@@ -138,6 +139,7 @@ def _problems() -> "pandera.pandas.DataFrameSchema":
             "id": pa.Column(None, pa.Check(_text_or_none, element_wise=True, error="text or null"), nullable=True),
             "field": _text(),
             "reason": _text(),
+            "known": pa.Column(None, pa.Check(_boolean, element_wise=True, error="true or false")),
         },
         strict=True,
     )
@@ -201,9 +203,7 @@ def _scores() -> "pandera.pandas.DataFrameSchema":
         {
             "id": _text(unique=True),
             "scores": pa.Column(None, numbers),
-            "parsed": pa.Column(
-                None, pa.Check(lambda x: isinstance(x, bool), element_wise=True, error="true or false")
-            ),
+            "parsed": pa.Column(None, pa.Check(_boolean, element_wise=True, error="true or false")),
         },
         strict=True,
     )
@@ -286,6 +286,10 @@ _VIDEO_COLUMNS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 def _names(items: Any) -> bool:
     return len(items) > 0 and all(items)
+
+
+def _boolean(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _text_or_none(value: Any) -> bool:

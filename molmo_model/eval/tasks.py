@@ -12,7 +12,7 @@ from typing import Any
 
 from molmo_model.config import TaskConfig
 from molmo_model.data.example import Conversation, Example, item_id
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import EvaluationError
 from molmo_model.preprocessing import prompts
 

@@ -11,7 +11,8 @@ from molmo_model.artifacts import write_manifest
 from molmo_model.config import Params, load_params
 from molmo_model.data.datasets import family_of
 from molmo_model.data.example import Example
-from molmo_model.data.shards import ShardReader, write_shards
+from molmo_model.data.shard_reader import ShardReader
+from molmo_model.data.shards import write_shards
 from molmo_model.eval.tasks import items
 from tests.assets.project import ROOT, flow
 

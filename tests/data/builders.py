@@ -10,7 +10,8 @@ from molmo_model.config import MixtureEntry, TrainConfig
 from molmo_model.data.example import Conversation, Example, Image, Message
 from molmo_model.data.mixture import ExampleCost, Mixture, resolve
 from molmo_model.data.plan import Plan
-from molmo_model.data.shards import ShardReader, write_shards
+from molmo_model.data.shard_reader import ShardReader
+from molmo_model.data.shards import write_shards
 
 STYLES = ("caption", "qa", "count")
 

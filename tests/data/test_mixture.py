@@ -11,7 +11,8 @@ from molmo_model.config import DatasetConfig, MixtureEntry, Params, RunConfig
 from molmo_model.data.loader import generator
 from molmo_model.data.mixture import Leak, Mixture, check_leaks, image_leaks, resolve
 from molmo_model.data.plan import Plan, plan_packs
-from molmo_model.data.shards import ShardReader, write_shards
+from molmo_model.data.shard_reader import ShardReader
+from molmo_model.data.shards import write_shards
 from molmo_model.errors import ArtifactError, ConfigError, DataError
 from molmo_model.model_config import ModelConfig, PreprocessingConfig
 from molmo_model.preprocessing.preprocessor import Preprocessor

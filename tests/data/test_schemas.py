@@ -22,7 +22,7 @@ def index(tmp_path_factory):
     return write_shards(rows, tmp_path_factory.mktemp("shards"), 4000)
 
 
-PROBLEM = {"file": "a.jsonl", "line": 3, "id": None, "field": "id", "reason": "is missing"}
+PROBLEM = {"file": "a.jsonl", "line": 3, "id": None, "field": "id", "reason": "is missing", "known": False}
 PREDICTION = {
     "id": "e#1",
     "example_id": "e",
@@ -168,7 +168,7 @@ def test_the_tables_that_the_stages_write_pass(tmp_path):
     """The costs of a real mixture over real shards."""
     import pyarrow.parquet as pq
 
-    from molmo_model.data.shards import ShardReader
+    from molmo_model.data.shard_reader import ShardReader
     from tests.data.builders import make_mixture, rows
 
     readers = {}

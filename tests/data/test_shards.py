@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo_model.artifacts import write_manifest
-from molmo_model.data import shards
+from molmo_model.data import shard_reader
 from molmo_model.data.datasets import FAMILIES, BadRow, Family
 from molmo_model.data.example import Example
-from molmo_model.data.shards import SCHEMA, ShardReader, member_key, write_shards
+from molmo_model.data.shard_reader import ShardReader
+from molmo_model.data.shards import SCHEMA, member_key, write_shards
 from molmo_model.errors import ArtifactError, DataError
 from pipelines import shards as shards_stage
 from pipelines.stage import run
@@ -182,7 +183,7 @@ def test_member_keys_are_safe_and_distinct(ids):
 
 
 def test_threads_forks_and_pickles_read_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 3)  # fewer than there are shards
+    monkeypatch.setattr(shard_reader, "MAX_OPEN_FILES", 3)  # fewer than there are shards
     write_shards(rows(range(80)), tmp_path, 8_000)
     reader = ShardReader(tmp_path)
     expected = [reader.read(row) for row in range(80)]

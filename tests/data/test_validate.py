@@ -13,7 +13,8 @@ import pytest
 from molmo_model.artifacts import read_manifest
 from molmo_model.config import params_from_dict
 from molmo_model.data.example import Conversation, Example, Image, Message
-from molmo_model.data.shards import ShardReader, write_shards
+from molmo_model.data.shard_reader import ShardReader
+from molmo_model.data.shards import write_shards
 from molmo_model.errors import DataError
 from pipelines import shards, stage, validate
 

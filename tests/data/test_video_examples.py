@@ -15,7 +15,8 @@ from molmo_model.config import DatasetConfig
 from molmo_model.data.datasets.chat import fingerprint, make
 from molmo_model.data.example import BadRow, Conversation, Example, Message, Video
 from molmo_model.data.schemas import check_table
-from molmo_model.data.shards import INDEX, INDEX_SCHEMA, VIDEO_INDEX_SCHEMA, ShardReader, write_shards
+from molmo_model.data.shard_reader import ShardReader
+from molmo_model.data.shards import INDEX, INDEX_SCHEMA, VIDEO_INDEX_SCHEMA, write_shards
 from molmo_model.data.timeline import Timeline
 from molmo_model.data.video_file import probe_video
 from molmo_model.errors import DataError

@@ -15,7 +15,8 @@ from molmo_model.artifacts import digest_of, write_manifest
 from molmo_model.config import Params, params_from_dict
 from molmo_model.data.datasets import FAMILIES
 from molmo_model.data.example import Example
-from molmo_model.data.shards import ShardReader, write_shards
+from molmo_model.data.shard_reader import ShardReader
+from molmo_model.data.shards import write_shards
 from molmo_model.eval import predictions, tasks
 from molmo_model.preprocessing import prompts
 from molmo_model.preprocessing.prompts import MessageFormat, SystemPrompt

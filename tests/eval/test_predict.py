@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from molmo_model.config import Precision
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import ArtifactError, CheckpointError
 from molmo_model.eval import predictions, tasks
 from molmo_model.eval.inference import Predictor, Question, batches

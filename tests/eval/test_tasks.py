@@ -5,7 +5,7 @@ import json
 import pytest
 
 from molmo_model.config import TaskConfig
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import EvaluationError
 from molmo_model.eval import tasks
 

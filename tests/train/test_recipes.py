@@ -7,7 +7,7 @@ import pytest
 
 from molmo_model.config import load_params, to_dict
 from molmo_model.data.mixture import Mixture
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shard_reader import ShardReader
 from molmo_model.eval.inference import Predictor, Question
 from molmo_model.eval.tasks import items
 from molmo_model.source_digest import ROOT

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, SiglipConfig, SiglipModel
 
 from molmo_model.config import load_params, to_dict
 from molmo_model.data.mixture import Mixture
-from molmo_model.data.shards import ShardReader
+from molmo_model.data.shard_reader import ShardReader
 from molmo_model.eval.inference import Predictor, Question
 from molmo_model.eval.tasks import items
 from molmo_model.preprocessing.preprocessor import Preprocessor
