@@ -12,6 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 
@@ -108,9 +109,69 @@ def find_coverage_of_shards(item: Artefact, params: Params) -> Findings:
     return Findings(findings, {"rows": len(ids)})
 
 
+def find_files(item: Artefact, params: Params) -> Findings:
+    """Every picture decodes and has the size that the shards say, but for the share that the dataset tolerates."""
+    from molmo_model.data.image_hashes import FILE
+    from molmo_model.data.schemas import check_table
+    from molmo_model.data.shard_reader import read_columns
+
+    document = _validation(item)
+    faults = document.get("faults", [])
+    found = [f"{fault['id']} {fault['field']} {fault['reason']}" for fault in faults]
+    examples = sum(document.get("statistics", {}).get("examples", {}).values())
+    tolerance = params.datasets[item.key["dataset"]].tolerance
+    numbers = {"faults": float(len(faults))}
+    if (item.path / FILE).exists():
+        hashes = read_columns(item.path / FILE)
+        check_table(hashes, "image_hashes", str(item.path / FILE))
+        numbers["pictures"] = float(len(hashes))
+    return Findings(found if len({fault["id"] for fault in faults}) > examples * tolerance else [], numbers)
+
+
+def find_near_duplicates(item: Artefact, params: Params) -> Findings:
+    """No picture of evaluation is shown in training, neither the same file nor one that looks like it; warns."""
+    document = _validation(item)
+    leaks, pairs = document["leaks"], document["near_duplicates"]
+    findings = [f"train {leak['train']} shows the very picture of eval {leak['eval']}" for leak in leaks["listed"]]
+    findings += [
+        f"train {pair['train']} looks like eval {pair['eval']}: {pair['distance']} of 64 bits and "
+        f"{pair['difference']} grey levels apart"
+        for pair in pairs["listed"]
+    ]
+    return Findings(findings, {"leaks": leaks["found"], "near_duplicates": pairs["found"]})
+
+
+def find_schema_of_mixture(item: Artefact, params: Params) -> Findings:
+    """Costs, schedule and packs keep their contracts."""
+    from molmo_model.data.mixture import map_table
+    from molmo_model.data.schemas import check_table
+    from molmo_model.data.shard_reader import read_columns
+
+    tables = {"costs": map_table(item.path / "costs.arrow")}
+    tables |= {name: read_columns(item.path / f"{name}.parquet") for name in ("schedule", "packs")}
+    for name, table in tables.items():
+        check_table(table, name, f"{name} of {item.path}")
+    return Findings([], {name: float(len(table)) for name, table in tables.items()})
+
+
+def find_near_duplicates_of_run(item: Artefact, params: Params) -> Findings:
+    """No picture that the run draws looks like one of evaluation's, of its own datasets or any task's; warns."""
+    from molmo_model.data.mixture import Mixture
+    from molmo_model.data.shard_reader import ShardReader
+    from pipelines.mixture import inputs, near_duplicates
+
+    folders = inputs(params, item.key)
+    readers = {
+        name.removeprefix("shards/"): ShardReader(path) for name, path in folders.items() if name.startswith("shards/")
+    }
+    pairs, unknown = near_duplicates(Mixture.load(item.path), readers)
+    findings = [f"{name}: not validated, so not looked at" for name in unknown] + [str(pair) for pair in pairs]
+    return Findings(findings, {"near_duplicates": len(pairs)})
+
+
 def find_expectations(item: Artefact, params: Params) -> Findings:
     """The dataset's statistics are as expected (Great Expectations); warns."""
-    document = json.loads((item.path / "validation.json").read_text(encoding="utf-8"))
+    document = _validation(item)
     failed = [row for row in document["results"] if not row["success"]]
     findings = [f"{row['expectation']} of {row['column']}: {row['observed']}; {row['why']}" for row in failed]
     return Findings(findings, {"expectations": len(document["results"])})
@@ -168,6 +229,25 @@ def find_coverage_of_metrics(item: Artefact, params: Params) -> Findings:
     return Findings(findings, {"rows": len(rows), "scores": len(scores)})
 
 
+def find_schema_of_metrics(item: Artefact, params: Params) -> Findings:
+    """Scores and metrics keep their contracts."""
+    from molmo_model.data.schemas import check_table
+    from molmo_model.eval.predictions import SCORES_FILE, read_jsonl
+
+    scores = read_jsonl(item.path / SCORES_FILE)
+    check_table(scores, "scores", str(item.path / SCORES_FILE))
+    document = json.loads((item.path / "metrics.json").read_text(encoding="utf-8"))
+    rows = [{"metric": name, **value} for name, value in document["metrics"].items()]
+    check_table(rows, "metrics", str(item.path / "metrics.json"))
+    return Findings([], {"scores": len(scores), "metrics": len(rows)})
+
+
+def _validation(item: Artefact) -> dict[str, Any]:
+    """`validation.json`."""
+    document: dict[str, Any] = json.loads((item.path / "validation.json").read_text(encoding="utf-8"))
+    return document
+
+
 def _shards_of(item: Artefact, params: Params) -> str:
     """The shards that the questions of a task come from."""
     return artefact("shards", params.tasks[item.key["task"]].dataset, params).path.as_posix()
@@ -176,10 +256,15 @@ def _shards_of(item: Artefact, params: Params) -> str:
 RULES = [
     Rule("shards", "schema", find_schema_of_shards),
     Rule("shards", "coverage", find_coverage_of_shards),
+    Rule("validation", "files", find_files),
     Rule("validation", "expectations", find_expectations, blocking=False),
+    Rule("validation", "near_duplicates", find_near_duplicates, blocking=False),
+    Rule("mixture", "schema", find_schema_of_mixture),
+    Rule("mixture", "near_duplicates", find_near_duplicates_of_run, blocking=False),
     Rule("training_run", "finite_loss", find_finite_loss),
     Rule("predictions", "schema", find_schema_of_predictions),
     Rule("predictions", "coverage", find_coverage_of_predictions),
+    Rule("metrics", "schema", find_schema_of_metrics),
     Rule("metrics", "coverage", find_coverage_of_metrics),
 ]
 CHECKS = [check_of(rule) for rule in RULES]

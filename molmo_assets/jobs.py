@@ -59,6 +59,37 @@ gather_scores = job_of("gather_scores", "One checkpoint's scorecard (partition: 
 make_report = job_of("make_report", "The report over eval.checkpoints.", report)
 
 
+class DownloadRequest(dg.Config):
+    """What `python -m pipelines.download` is asked for; its limits stay as they are."""
+
+    dataset: str
+    """Its name in the params."""
+    from_list: bool = False
+    """Only the files that the list names."""
+    retry: str = "none"
+    """`none`, `failed` or `all`: which settled URLs are asked for again."""
+    update: bool = False
+    """The list may lose files."""
+
+
+@dg.op
+def fetch_urls(context: dg.OpExecutionContext, config: DownloadRequest, stage_process: StageProcess) -> None:
+    """The command, live and cancellable: a cancelled one goes on with the next launch."""
+    given = {"dataset": config.dataset, "retry": config.retry, "params": params_file()}
+    given |= {"from_list": str(config.from_list).lower(), "update": str(config.update).lower()}
+    arguments = [f"{name}={value}" for name, value in given.items()]
+    stage_process.run(context, "pipelines.download", arguments, None)
+
+
+@dg.job(
+    description="Fetch what a dataset names by URL and write the list of what could be had.",
+    executor_def=dg.in_process_executor,
+)
+def download() -> None:
+    """Not an asset: what the web answers is no function of the params; the list is a file under version control."""
+    fetch_urls()
+
+
 def step_of(asset: str) -> dg.OpDefinition:
     """One step of `everything`: all partitions of one asset."""
 
@@ -105,4 +136,5 @@ JOBS = [
     make_report,
     everything,
     sync_from_dvc,
+    download,
 ]

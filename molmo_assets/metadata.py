@@ -66,8 +66,8 @@ def describe_mixture(item: Artefact) -> Metadata:
     rows = [{"entry": name, **entry} for name, entry in entries.items()] if isinstance(entries, dict) else entries
     if not rows:
         return {}
-    columns = [name for name, value in rows[0].items() if isinstance(value, int | float | str)]
-    return {"mixture": markdown_table(columns, rows)}
+    shown = [name for row in rows for name, value in row.items() if isinstance(value, int | float | str)]
+    return {"mixture": markdown_table(list(dict.fromkeys(shown)), rows)}
 
 
 def describe_training(item: Artefact) -> Metadata:
@@ -85,11 +85,20 @@ def describe_training(item: Artefact) -> Metadata:
 
 
 def describe_validation(item: Artefact) -> Metadata:
-    """What was expected of the dataset and what was found."""
+    """What was expected of the dataset and what was found, and the pictures that are broken or seen in training."""
     document = json.loads((item.path / "validation.json").read_text(encoding="utf-8"))
     rows = [row for row in document.get("results", []) if isinstance(row, dict)]
     columns = [name for name in rows[0] if isinstance(rows[0][name], str | int | float | bool)] if rows else []
-    return {"expectations": markdown_table(columns, rows)} if columns else {}
+    shown: Metadata = {"expectations": markdown_table(columns, rows)} if columns else {}
+    tables = {
+        "faults": (("id", "field", "reason"), document.get("faults", [])),
+        "leaks": (("train", "eval", "image_sha256"), document.get("leaks", {}).get("listed", [])),
+        "near_duplicates": (
+            ("train", "eval", "distance", "difference"),
+            document.get("near_duplicates", {}).get("listed", []),
+        ),
+    }
+    return shown | {name: markdown_table(header, listed) for name, (header, listed) in tables.items() if listed}
 
 
 def describe_predictions(item: Artefact) -> Metadata:

@@ -13,11 +13,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from molmo_model import remembered
 from molmo_model.errors import ArtifactError
 
 MANIFEST = "manifest.json"
@@ -67,7 +68,11 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def path_digest(path: str | Path) -> str:
+Sha256 = Callable[[Path], str]
+"""How the functions below get a file's SHA-256: `file_sha256` really reads it; `Remembered.sha256` of a run may not."""
+
+
+def path_digest(path: str | Path, sha256: Sha256 = file_sha256) -> str:
     """The digest of an input: an artefact's own digest, else a hash of the file, or of every file below the folder.
 
     Raises:
@@ -77,9 +82,9 @@ def path_digest(path: str | Path) -> str:
     if (path / MANIFEST).exists():
         return read_manifest(path).digest
     if path.is_file():
-        return file_sha256(path)
+        return sha256(path)
     if path.is_dir():
-        return digest_of({name: file_sha256(path / name) for name in _files(path)})
+        return digest_of({name: sha256(path / name) for name in _files(path)})
     raise ArtifactError(f"{path} does not exist; run the stage that makes it")
 
 
@@ -111,15 +116,14 @@ def write_manifest(
     inputs: Mapping[str, str],
     code: str,
     summary: Mapping[str, Any],
+    sha256: Sha256 = file_sha256,
 ) -> Manifest:
     """Hashes every file below `directory` and writes its manifest, last and atomically.
 
     Sub-directories that are artefacts themselves are listed by their own files, manifest included.
     """
     directory = Path(directory)
-    files = {
-        name: FileEntry((directory / name).stat().st_size, file_sha256(directory / name)) for name in _files(directory)
-    }
+    files = {name: FileEntry((directory / name).stat().st_size, sha256(directory / name)) for name in _files(directory)}
     manifest = Manifest(schema, version, dict(params), dict(inputs), code, files, dict(summary))
     manifest = Manifest(**{**manifest.__dict__, "digest": manifest.content_digest()})
     document = {"manifest_version": MANIFEST_VERSION, **asdict(manifest)}
@@ -137,12 +141,23 @@ def read_manifest(directory: str | Path, schema: str | None = None) -> Manifest:
     """
     path = Path(directory) / MANIFEST
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ArtifactError(
             f"{path} does not exist: {directory} is unfinished or not an artefact; run its stage"
         ) from error
     except (ValueError, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); delete {directory} and run its stage again") from error
+    return parse_manifest(text, str(directory), schema)
+
+
+def parse_manifest(text: str, directory: str, schema: str | None = None) -> Manifest:
+    """The manifest of a text; `directory` is what to call its place, which may be in a bucket. Raises as
+    `read_manifest`."""
+    path = f"{directory}/{MANIFEST}"
+    try:
+        document = json.loads(text)
+    except ValueError as error:
         raise ArtifactError(f"{path} cannot be read ({error}); delete {directory} and run its stage again") from error
     try:
         if document["manifest_version"] != MANIFEST_VERSION:
@@ -165,7 +180,7 @@ def read_manifest(directory: str | Path, schema: str | None = None) -> Manifest:
     return manifest
 
 
-def verify(directory: str | Path, schema: str | None = None) -> Manifest:
+def verify(directory: str | Path, schema: str | None = None, sha256: Sha256 = file_sha256) -> Manifest:
     """Reads the manifest and checks every file: none missing, none more, sizes and hashes as listed.
 
     Raises:
@@ -181,18 +196,18 @@ def verify(directory: str | Path, schema: str | None = None) -> Manifest:
             f"{directory / name} is not in the manifest; delete it, or {directory} and run its stage again"
         )
     for name, entry in manifest.files.items():
-        verify_file(directory / name, entry)
+        verify_file(directory / name, entry, sha256)
     return manifest
 
 
-def verify_file(path: str | Path, entry: FileEntry) -> None:
+def verify_file(path: str | Path, entry: FileEntry, sha256: Sha256 = file_sha256) -> None:
     """Checks one file against its manifest entry; raises `ArtifactError` with both numbers."""
     size = Path(path).stat().st_size
     if size != entry.size:
         raise ArtifactError(
             f"{path} has {size} bytes, the manifest says {entry.size}; restore it or run its stage again"
         )
-    digest = file_sha256(path)
+    digest = sha256(Path(path))
     if digest != entry.sha256:
         raise ArtifactError(f"{path} has SHA-256 {digest}, the manifest says {entry.sha256}; it is corrupt")
 
@@ -209,6 +224,8 @@ def link_tree(source: str | Path, target: str | Path) -> None:
         if target.exists():
             os.rename(target, staging / "old")
         os.rename(staging / "tree", target)
+        for name in _files(target):
+            remembered.linked(source / name, target / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -233,6 +250,12 @@ def _staging(target: Path) -> Path:
     """A fresh hidden folder beside `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+
+
+def link_file(source: str | Path, target: str | Path) -> None:
+    """Makes `target` a hard link to `source`, or a copy across file systems."""
+    _link_or_copy(str(source), str(target))
+    remembered.linked(source, target)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -44,6 +44,42 @@ class ActivationCheckpointing(StrEnum):
 
 
 @dataclass
+class Expectations:
+    """What a dataset as a whole should look like; less or more is a warning of the validate stage, never an error. A
+    real set may differ from a usual one: say so here."""
+
+    min_rows: int = 100
+    """Conversations that are looked at."""
+    max_drop_rate: float = 0.01
+    """Bad rows of all rows."""
+    min_eval_share: float = 0.001
+    """Conversations held out for evaluation, of all."""
+    max_eval_share: float = 0.5
+    max_majority_answer: float = 0.9
+    """Conversations with the most frequent answer of their style."""
+    max_repeated_image: float = 0.5
+    """Examples' conversations about a picture that an earlier example has too."""
+    max_repeated_question: float = 0.1
+    """Conversations that ask of the same pictures what an earlier conversation has asked."""
+    max_repeated_text: float = 0.1
+    """Long answers that an earlier example has word for word."""
+    max_near_duplicates: float = 0.0
+    """Evaluation examples with a picture that a training example shows too, as the same file or nearly so."""
+    median_answer_chars: float = 2000
+    """At most, in the middle of all answers."""
+    max_answer_chars: int = 8000
+    """Of 99% of the answers."""
+    max_prompt_chars: int = 8000
+    """Of 99% of what comes before the last answer."""
+    min_short_side: int = 16
+    """Pixels, of 99% of the pictures."""
+    max_aspect: float = 10
+    """Longer by shorter side, of 99% of the pictures."""
+    max_style_divergence: float = 0.1
+    """Kullback-Leibler divergence, in nats, of evaluation's styles from training's."""
+
+
+@dataclass
 class DatasetConfig:
     """One dataset: where its examples come from and how many become shards."""
 
@@ -72,22 +108,41 @@ class DatasetConfig:
     """A tar shard is closed once it holds this many bytes."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the family; checked against the family's own dataclass."""
+    expectations: Expectations = field(default_factory=Expectations)
+    """Thresholds of the validate stage; the shards do not depend on them."""
+
+
+class MixtureRule(StrEnum):
+    """How the entries of a group share its rate; docs/mixtures.md has both with numbers."""
+
+    flat = "flat"
+    """In the ratio of their rates."""
+    root_size = "root_size"
+    """In the ratio of rate times square root of size."""
 
 
 @dataclass
 class MixtureEntry:
-    """One source of a mixture: some styles of one dataset."""
+    """One source of a mixture, some styles of one dataset; or, with `entries`, a group of such, to any depth."""
 
-    dataset: str = MISSING
-    """A name under `datasets:`."""
+    dataset: str = ""
+    """A name under `datasets:`; a group has none."""
     rate: float = 1.0
-    """Share of examples drawn from this entry, relative to the sum of all rates."""
+    """Share of examples drawn from this entry, relative to the others beside it; under `root_size`, a factor of it."""
     styles: list[str] = field(default_factory=list)
     """Conversations of these styles are kept; empty keeps all."""
     max_conversations: int | None = None
     """At most this many conversations of one example, drawn by the example's own generator; None keeps all."""
+    weight: float = 1.0
+    """Factor on the loss of every conversation that is drawn here, besides its own: Molmo2 has 0.2 for points, whose
+    answers are long and easy, and 0.1 for captions of films."""
     size: float | None = None
-    """Reserved size of the root-size rule: None is the number of examples, <= 1 a share of it, > 1 a number."""
+    """What the root-size rule of the group around it takes for its size: None is the number of its examples (of a
+    group, the sum over its entries), a number up to 1 that share of it (1.0 is all, not one), above 1 the number."""
+    rule: MixtureRule = MixtureRule.flat
+    """Of a group."""
+    entries: dict[str, "MixtureEntry"] = field(default_factory=dict)
+    """Makes this a group. Names of sources are unique in the whole mixture: a source's order is drawn from its name."""
 
 
 @dataclass
@@ -132,6 +187,16 @@ class LoraConfig:
     """The connector (extra embedding included) is trained whole beside the adapters."""
 
 
+class PackingMethod(StrEnum):
+    """How the packs of a window are found and ordered; see `molmo_model.data.packing`."""
+
+    best_fit = "best_fit"
+    """Best fit decreasing, packs in random order."""
+    balanced = "balanced"
+    """Fuller packs, and steps of packs of like cost, so that no rank waits for another; wants a `packing_window` of
+    about 4,096."""
+
+
 @dataclass
 class TrainConfig:
     """How one run trains. Packs per step, not ranks, decide the batch, so any number of ranks sees the same data."""
@@ -148,6 +213,7 @@ class TrainConfig:
     """Most image crops of one pack."""
     packing_window: int = 256
     """Examples of the global stream that are packed together."""
+    packing: PackingMethod = PackingMethod.best_fit
     save_every: int = MISSING
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int | None = None
@@ -163,9 +229,21 @@ class TrainConfig:
     deterministic: bool = True
     z_loss: float = 0.0
     """Factor of the squared log-partition term, 1e-4 in Molmo; 0 is off."""
+    bad_examples: float = 0.0
+    """Largest share of the run's examples that may turn out corrupt or undecodable; they are skipped and listed in
+    `skipped.jsonl`. One more ends the run, and 0 ends it at the first."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     lora: LoraConfig | None = None
     """Trains adapters instead of the language model; checkpoints hold the merged weights."""
+
+
+class MixtureSchedule(StrEnum):
+    """How the positions of a run's stream are dealt to the sources of its mixture."""
+
+    stratified = "stratified"
+    """Evenly: after any number of positions no source is a whole example off its rate."""
+    sampled = "sampled"
+    """Each position by itself, as a weighted die would: off by about the square root of the examples drawn."""
 
 
 @dataclass
@@ -177,6 +255,10 @@ class RunConfig:
     init: str = MISSING
     """Where the weights come from: the name of a model (its assembled weights) or of another run (its last step)."""
     mixture: dict[str, MixtureEntry] = field(default_factory=dict)
+    """Sources and groups of them by name; at this level their rates count as they are."""
+    schedule: MixtureSchedule = MixtureSchedule.stratified
+    allow_leaks: list[str] = field(default_factory=list)
+    """Ids of training examples that may show a picture of evaluation: of its own datasets or of those of any task."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -246,6 +328,13 @@ class RuntimeConfig:
     loader_workers: int = 0
     log_every: int = 10
     """Training steps between two lines of the log."""
+    shards_root: str | None = None
+    """Where training reads shards: `<shards_root>/<dataset>` of a bucket (`s3://bucket/shards`) in place of
+    `artifacts/shards/<dataset>`. Their digests must be those that the mixture was made from."""
+    shard_cache: str | None = None
+    """Folder that keeps what came from a bucket; None is `shard_cache` in the folder of the unfinished work."""
+    shard_cache_bytes: int = 10_000_000_000
+    """Most bytes of that folder; what was used least recently makes room. 0 keeps nothing."""
 
 
 @dataclass
@@ -449,7 +538,8 @@ def _check(params: Params, source: str) -> None:
         lookup({**params.models, **params.runs}, run.init, f"model or run of {key}.init")
         if not run.mixture:
             refuse(f"{key}.mixture", "is empty; name at least one dataset")
-        for entry_name, entry in run.mixture.items():
+        _check_mixture(run.mixture, f"{source}: {key}.mixture")
+        for entry_name, entry in mixture_sources(run.mixture).items():
             lookup(params.datasets, entry.dataset, f"dataset of {key}.mixture.{entry_name}.dataset")
         model_of(params, name)
         _check_freezing(run.train, f"{source}: {key}.train")
@@ -478,8 +568,15 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         "max_image_pixels": AT_LEAST_1,
         "shard_bytes": (1024, 1e18),
     },
+    Expectations: {
+        **dict.fromkeys(("min_rows", "max_answer_chars", "max_prompt_chars", "min_short_side"), AT_LEAST_0),
+        **dict.fromkeys(("median_answer_chars", "max_aspect", "max_style_divergence"), AT_LEAST_0),
+        **dict.fromkeys(("max_drop_rate", "min_eval_share", "max_eval_share", "max_majority_answer"), (0, 1)),
+        **dict.fromkeys(("max_repeated_image", "max_repeated_question", "max_repeated_text"), (0, 1)),
+        "max_near_duplicates": (0, 1),
+    },
     **MODEL_BOUNDS,
-    MixtureEntry: {"rate": (1e-12, 1e12), "max_conversations": AT_LEAST_1, "size": ABOVE_0},
+    MixtureEntry: {"rate": (1e-12, 1e12), "max_conversations": AT_LEAST_1, "weight": ABOVE_0, "size": ABOVE_0},
     ComponentOptim: {
         "learning_rate": AT_LEAST_0,
         "weight_decay": AT_LEAST_0,
@@ -502,10 +599,14 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("crops_per_pack", "packing_window", "save_every", "keep_checkpoints"), AT_LEAST_1),
         **dict.fromkeys(("processes", "threads"), AT_LEAST_1),
         "z_loss": AT_LEAST_0,
+        "bad_examples": (0, 0.999999),
     },
     TaskConfig: {"max_new_tokens": AT_LEAST_1, "max_examples": AT_LEAST_1, "keep_image_tokens": (1e-9, 1)},
     EvalConfig: {"report_examples": AT_LEAST_0, "confidence": (0.5, 0.999999)},
-    RuntimeConfig: {"eval_batch_size": AT_LEAST_1, "loader_workers": AT_LEAST_0, "log_every": AT_LEAST_1},
+    RuntimeConfig: {
+        **dict.fromkeys(("eval_batch_size", "log_every"), AT_LEAST_1),
+        **dict.fromkeys(("loader_workers", "shard_cache_bytes"), AT_LEAST_0),
+    },
     Params: {"seed": (0, 2**63 - 1)},
 }
 """Smallest and largest value of every number, both allowed; of each element where the value is a list."""
@@ -595,6 +696,44 @@ def _check_freezing(train: TrainConfig, where: str) -> None:
         raise ConfigError(
             f"{where}.optim.connector.freeze is true, but lora.train_connector trains it; set train_connector: false"
         )
+
+
+def _check_mixture(entries: Mapping[str, MixtureEntry], key: str, rule: MixtureRule = MixtureRule.flat) -> None:
+    """Contradictions between the settings of an entry, and settings without effect."""
+    plain = MixtureEntry()
+    for name, entry in entries.items():
+        where = f"{key}.{name}"
+        if not name or "/" in name:
+            raise ConfigError(f"{key}: {name!r} is no usable name of an entry; it has at least one letter and no '/'")
+        if not entry.dataset and not entry.entries:
+            raise ConfigError(f"{where}.dataset: is required and has no default (or, in a group, `entries`)")
+        for setting in ("dataset", "styles", "max_conversations", "weight") if entry.entries else ("rule",):
+            if getattr(entry, setting) != getattr(plain, setting):
+                what = "this is a group; set it for its entries" if entry.entries else "only a group has one"
+                raise ConfigError(f"{where}.{setting}: is {getattr(entry, setting)!r}, but {what}")
+        if entry.size is not None and rule is MixtureRule.flat:
+            raise ConfigError(
+                f"{where}.size: size is {entry.size}, but what stands beside it is drawn in the ratio of rates; give "
+                "the group around it `rule: root_size`, or use rate"
+            )
+        _check_mixture(entry.entries, f"{where}.entries", entry.rule)
+
+
+def mixture_sources(mixture: Mapping[str, MixtureEntry]) -> dict[str, MixtureEntry]:
+    """The sources of a mixture by name, those in groups among them.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    sources: dict[str, MixtureEntry] = {}
+    for name, entry in mixture.items():
+        below = mixture_sources(entry.entries) if entry.entries else {name: entry}
+        if twice := sorted(set(below) & set(sources)):
+            raise ConfigError(
+                f"mixture: two sources are called {twice[0]!r}; rename one, its order is drawn from its name"
+            )
+        sources |= below
+    return sources
 
 
 def saved_steps(train: TrainConfig) -> list[int]:

@@ -119,6 +119,53 @@ class MessageFormat(StrEnum):
     have both tokens; answers end with `<|im_end|>`, whatever else the tokenizer ends a text with."""
 
 
+class SystemPrompt(StrEnum):
+    """What stands before the first question of a conversation: a tag with its style; see
+    `preprocessing/system_prompts.py`. Demo styles are what a person gets who just asks: captions, points, free
+    questions."""
+
+    none = "none"
+    style = "style"
+    """The style's name, as in `scene_count: How many ...`."""
+    demo_or_style = "demo_or_style"
+    """The same, but demo styles only once in ten times, and never in evaluation."""
+    demo_or_style_v2 = "demo_or_style_v2"
+    """The style's name, but never of demo styles and of questions with choices. Molmo2's."""
+    style_and_length = "style_and_length"
+    """The style's name and, of captions, nine times in ten about how long the answer is: `long_caption 83:`; without a
+    length `long_caption :`, as the captioners of 2024 were trained."""
+    style_and_length_v2 = "style_and_length_v2"
+    """The same; without a length `long_caption:`."""
+    style_and_length_v3 = "style_and_length_v3"
+    """The same, the length in units of 25 letters and noisy by 5% of itself."""
+    no_style = "no_style"
+    """Nothing, as `none`; Molmo2's name for it."""
+
+
+class PromptTemplates(StrEnum):
+    """Which questions are put in words of this project's; see `preprocessing/templates.py`."""
+
+    none = "none"
+    """None: pointing is asked for by the label alone, captions by nothing, which needs a `system_prompt`."""
+    uber_model = "uber_model"
+    """Captions, transcripts, pointing, explanations, short answers about films. Academic sets stay as they are."""
+    uber_model_v2 = "uber_model_v2"
+    """The same, and all questions with choices."""
+
+
+class LossWeighting(StrEnum):
+    """How the loss is shared out among the conversations of one example, besides their own weights."""
+
+    root_subsegments = "root_subsegments"
+    """Each of k conversations counts 1 / sqrt(k): more than one alone, less than k apart."""
+    root_length = "root_length"
+    """A conversation of n answered tokens counts 2 / sqrt(n): long answers count more than short ones, but less than
+    in proportion to their length."""
+    root_subsegments_root_length = "root_subsegments_root_length"
+    """The product of both. Molmo2's `root_subsegments_root_tokens`."""
+    none = "none"
+
+
 CHATML_START, CHATML_END = "<|im_start|>", "<|im_end|>"
 """The tokens of `MessageFormat.chatml`."""
 CONNECTOR_MODULES = ("connector", "extra_embedding", "learned_positions", "temporal", "token_selector")
@@ -333,6 +380,39 @@ class SelectorConfig:
 
 
 @dataclass
+class AugmentationConfig:
+    """What training changes about the pixels of images, drawn anew for every example and epoch by the example's own
+    generator; see `preprocessing/augmentation.py`. Nothing by default; films and evaluation never."""
+
+    crop: float = 0.0
+    """Probability that a window of the image is shown instead of the whole, at the whole's size, so that the tokens
+    stay the same. All points of the example lie in the window, and are moved with it."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.6, 1.0])
+    """Least and most of the image's width and height that a window has."""
+    crop_stretch: float = 0.0
+    """Width and height of the window differ by up to this share from each other: 0.1 is 10%."""
+    crop_styles: list[str] = field(default_factory=list)
+    """Styles that remain true of a window, though they do not answer with points. Without it only examples are cut all
+    of whose conversations answer with points: what a caption or a document's question speaks of may be cut away."""
+    brightness: float = 0.0
+    """All values are multiplied by a factor in [1 - x, 1 + x]."""
+    contrast: float = 0.0
+    """The same for their distance from the image's mean grey."""
+    saturation: float = 0.0
+    """The same for their distance from the pixel's own grey."""
+    hue: float = 0.0
+    """Colours turn by up to this share of the colour circle, either way."""
+    resize_noise: float = 0.0
+    """Probability that the image is shrunk to between half and all of its sides and enlarged again, each by a drawn
+    interpolation: what becomes of pictures on their way through the web."""
+    p_high_res: float = 0.0
+    """Probability that an image gets up to `high_res_max_crops` crops. Packs are planned for the larger of both."""
+    high_res_max_crops: int = 24
+    high_res_styles: list[str] = field(default_factory=list)
+    """Only images with a conversation of these styles; empty is all. Molmo2 has 0.3 for pointing alone."""
+
+
+@dataclass
 class PreprocessingConfig:
     """From an example to tokens and crops; saved inside every checkpoint as `molmo_preprocessor.json`."""
 
@@ -349,9 +429,16 @@ class PreprocessingConfig:
     """Resize exactly as transformers' Molmo2 image processor does, several times slower, instead of within one level
     of 255."""
     point_format: PointFormat = PointFormat.molmo_v1
-    system_prompt: str = "none"
-    """`none`, or `style`: the prompt begins with the style's name, as in `point_count: ...`."""
+    system_prompt: SystemPrompt = SystemPrompt.none
     message_format: MessageFormat = MessageFormat.none
+    prompt_templates: PromptTemplates = PromptTemplates.uber_model
+    caption_length: int = 65
+    """With `system_prompt: style_and_length`: the length that evaluation asks captions for, in units of 15 letters (25
+    in v3); 0 asks for none."""
+    loss_weighting: LossWeighting = LossWeighting.root_subsegments
+    last_message_loss_only: bool = False
+    """Of a conversation of several turns only the last answer is learned."""
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
 
 
@@ -404,6 +491,18 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         **dict.fromkeys(("dropout", "gate_dropout"), SHARE),
         "target_importance": (0, 1),
     },
-    PreprocessingConfig: {"max_crops": (1, 10_000), "overlap_margins": AT_LEAST_0, "max_images": AT_LEAST_1},
+    PreprocessingConfig: {
+        "max_crops": (1, 10_000),
+        "overlap_margins": AT_LEAST_0,
+        "max_images": AT_LEAST_1,
+        "caption_length": AT_LEAST_0,
+    },
+    AugmentationConfig: {
+        **dict.fromkeys(("crop", "resize_noise", "p_high_res", "brightness", "contrast", "saturation"), (0, 1)),
+        "crop_scale": (0.05, 1),
+        "crop_stretch": (0, 0.9),
+        "hue": (0, 0.5),
+        "high_res_max_crops": (1, 10_000),
+    },
 }
 """Smallest and largest value of every number, both allowed; of each element where the value is a list."""

@@ -26,20 +26,25 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from molmo_model.data.example import Conversation, Example, Image, Message
 from molmo_model.errors import ConfigError, DataError
-from molmo_model.model_config import CHATML_END, CHATML_START, MessageFormat
+from molmo_model.model_config import CHATML_END, CHATML_START, MessageFormat, SystemPrompt
 from molmo_model.nn.molmo import MolmoForConditionalGeneration  # noqa: F401 - registers the model
 from molmo_model.nn.molmo_config import MolmoConfig
 from molmo_model.preprocessing.collator import collate_prompts
 from molmo_model.preprocessing.image import decode_image, upright_rgb
 from molmo_model.preprocessing.preprocessor import IGNORE, PREFIX_SEGMENT, Encoded, Preprocessor
 from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
-from molmo_model.preprocessing.prompts import SystemPrompt, end_of_answer
+from molmo_model.preprocessing.prompts import bodies, end_of_answer
+from molmo_model.preprocessing.system_prompts import (
+    CAPTION_STYLES,
+    EVAL_STYLES,
+    LENGTH_RULES,
+    default_style,
+    untagged,
+)
 
 TEMPLATE_FILE = "chat_template.jinja"
 IMAGE = "<|image|>"
 """Where an image's tokens go, in the text of a prompt."""
-STYLE = "qa"
-"""Task family that a question belongs to, where the model was trained with `style` as system prompt."""
 INPUTS = ("input_ids", "attention_mask")
 IMAGE_INPUTS = ("pixel_values", "pooling", "image_token_counts", "patch_masks", "crop_frames", "crop_videos")
 """What of a batch `generate` takes."""
@@ -87,19 +92,37 @@ _FRAMES = {
 def chat_template(preprocessor: Preprocessor) -> str:
     """The jinja template that writes what the preprocessor tokenizes: begin, images, then the messages in turn.
 
-    `style` may be given to it where the model was trained with one.
+    `style` may be given to it where the model was trained with a tag of the style, and `length` where captions were
+    tagged with theirs. It writes questions as they come: `MolmoProcessor.apply_chat_template` puts choices and the
+    wording that a style has around its questions into them.
     """
     config, tokenizer = preprocessor.config, preprocessor.tokenizer
     begin = tokenizer.bos_token or tokenizer.eos_token
     end = end_of_answer(config.message_format) or tokenizer.eos_token
     said, asked = _FRAMES[config.message_format]
-    system = f"((style or '{STYLE}') ~ ': ')" if config.system_prompt is SystemPrompt.style else "''"
+    system = _tag(config.system_prompt, config.caption_length)
     replaced = {"@BEGIN@": repr(begin), "@IMAGE@": IMAGE, "@ANSWER@": f"{said}{{{{- {end!r} -}}}}"}
     replaced |= {"@SYSTEM@": system, "@QUESTION@": asked}
     text = _TEMPLATE
     for name, value in replaced.items():
         text = text.replace(name, value)
     return text
+
+
+def _tag(system_prompt: SystemPrompt, length: int) -> str:
+    """The tag before the first question and the blank behind it, as a jinja expression of `style` and `length`."""
+    if system_prompt in (SystemPrompt.none, SystemPrompt.no_style):
+        return "''"
+    style = f"(style or '{default_style(system_prompt)}')"
+    style = f"({dict(sorted(EVAL_STYLES.items()))!r}.get({style}, {style}))"
+    tag = f"({style} ~ ': ')"
+    if plain := sorted(untagged(system_prompt)):
+        return f"('' if {style} in {plain!r} else {tag})"
+    if (rule := LENGTH_RULES.get(system_prompt)) is None:
+        return tag
+    asked = f"({length} if length is undefined or length is none else length)"
+    long = f"({style} ~ (' ' ~ {asked} ~ ': ' if {asked} else '{rule.unknown} '))"
+    return f"({long} if {style} in {sorted(CAPTION_STYLES)!r} else {tag})"
 
 
 class MolmoProcessor:
@@ -134,15 +157,22 @@ class MolmoProcessor:
         (Path(folder) / TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], tokenize: bool = False, style: str = STYLE, **kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenize: bool = False,
+        style: str | None = None,
+        length: int | None = None,
+        **kwargs: Any,
     ) -> Any:
         """A conversation as prompt text, or with `tokenize` as the inputs of `generate`.
 
         Args:
             messages: `{"role": "user" or "assistant", "content": text or parts}` in turn, the last one a question;
                 a part is `{"type": "text", "text": ...}` or `{"type": "image", "image": ...}`. Images stand in front of
-                all text, wherever they were given.
-            style: task family, for models whose prompts begin with it.
+                all text, wherever they were given. A question may have `"options": [text, ...]` to choose from.
+            style: task family, for models whose prompts depend on it; None is that of a question as people ask it.
+            length: of a caption, in units of 15 letters, for models that were told it (`style_and_length`); 0 says
+                nothing, None what the model's evaluation says.
             kwargs: variables of the template; `add_generation_prompt` changes nothing, a question always asks.
 
         Raises:
@@ -150,11 +180,25 @@ class MolmoProcessor:
             DataError: another part or role, or turns out of order.
         """
         images, turns = _read_messages(messages)
+        style = style or default_style(self.config.system_prompt)
+        talk = Conversation(style, (*turns, Message("assistant", "A")))  # a placeholder: it is not looked at
         if tokenize:
-            example = Example("prompt", tuple(images), (Conversation(style, (*turns, Message("assistant", "?"))),))
-            return self._batch([self.preprocessor.encode_prompt(example)])
+            return self._batch(
+                [self.preprocessor.encode_prompt(Example("prompt", tuple(images), (talk,)), length=length)]
+            )
         kwargs.setdefault("add_generation_prompt", True)
-        (text,), _ = render_jinja_template([list(messages)], chat_template=self.chat_template, style=style, **kwargs)
+        written: list[dict[str, Any]] = [
+            {"role": turn.role, "content": text}
+            for turn, text in zip(turns, bodies(talk, self.config.prompts), strict=True)
+        ]
+        if images:
+            written[0]["content"] = [
+                *({"type": "image"} for _ in images),
+                {"type": "text", "text": written[0]["content"]},
+            ]
+        (text,), _ = render_jinja_template(
+            [written], chat_template=self.chat_template, style=style, length=length, **kwargs
+        )
         return text
 
     def __call__(self, text: str | Sequence[str], images: Any = None, **kwargs: Any) -> BatchFeature:
@@ -202,7 +246,7 @@ class MolmoProcessor:
                 f"the prompt has {prompt.count(IMAGE)} {IMAGE} for {len(images)} images, or does not begin with "
                 f"{head!r}; write it with apply_chat_template"
             )
-        blank = Conversation(STYLE, (Message("user", "?"), Message("assistant", "?")))
+        blank = Conversation("qa", (Message("user", "?"), Message("assistant", "?")))
         base = self.preprocessor.encode_prompt(Example("prompt", tuple(images), (blank,)))
         prefix = int((base.segment_ids == PREFIX_SEGMENT).sum())
         question = self._text_ids(prompt[len(head) :])
@@ -279,7 +323,7 @@ def _read_messages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Image], 
                 images.append(as_image(part.get("image", part.get("path"))))
             else:
                 raise DataError(f"message {number} has a part of type {part['type']!r}; questions have text and image")
-        turns.append(Message(message["role"], text))
+        turns.append(Message(message["role"], text, options=tuple(message.get("options", ()))))
     if len(turns) % 2 == 0:
         raise DataError("the last message is an answer; end with a question")
     return images, turns

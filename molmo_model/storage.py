@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import fsspec
+import fsspec.asyn
 
 from molmo_model.artifacts import MANIFEST
 from molmo_model.errors import StorageError
@@ -32,6 +33,8 @@ TRIES = 4
 """Attempts at one transfer; the pause before the next one doubles from `PAUSE`."""
 PAUSE = 0.5
 """Seconds before the second attempt."""
+PATIENCE = 60.0
+"""Seconds that one attempt at a range may take."""
 
 _PERMANENT = (
     FileNotFoundError,
@@ -65,6 +68,27 @@ class Copied:
     files: int
     bytes: int
     unchanged: int
+
+
+_inherited: list[list[Any]] = []
+"""In a forked process: what its parent had open. See `_hold`."""
+
+
+def _hold() -> None:
+    """Keeps what fsspec has open alive in a process about to be forked.
+
+    A child has the parent's connections and, worse, shares its epoll object. fsspec forgets all of it there, and the
+    connections' finalizers would then take the parent's sockets out of that epoll: the parent would wait for ever for
+    answers that arrive. Held, they are never finalized in the child.
+    """
+    classes, held = [fsspec.AbstractFileSystem], [fsspec.asyn.loop[0], fsspec.asyn.iothread[0]]
+    for one in classes:
+        classes += [other for other in one.__subclasses__() if other not in classes]
+        held += getattr(one, "_cache", {}).values()
+    _inherited.append(held)
+
+
+os.register_at_fork(before=_hold, after_in_parent=_inherited.pop)
 
 
 def _fsspec(protocol: str) -> Callable[[], Any]:
@@ -152,6 +176,51 @@ def list_files(url: str | os.PathLike[str]) -> list[str]:
         StorageError: nothing is there, or a name leads out of the folder.
     """
     return sorted(_sizes(url))
+
+
+def read_range(url: str | os.PathLike[str], start: int = 0, stop: int | None = None) -> bytes:
+    """Bytes `start` to `stop` of a file (None: to its end), tried again after errors that may pass; an answer that is
+    cut short or takes longer than `PATIENCE` is one.
+
+    Safe under threads and fork.
+
+    Raises:
+        StorageError: naming the URL and what to check.
+    """
+    fs, path = _resolve(url)
+
+    def read() -> bytes:
+        if fs.async_impl:
+            part = {"start": start, "end": stop} if start or stop is not None else {}
+            data: bytes = fsspec.asyn.sync(fs.loop, fs._cat_file, path, timeout=PATIENCE, **part)
+        else:  # without a read-ahead of megabytes behind the range
+            data = fs.cat_file(path, start=start, end=stop, cache_type="none")
+        if stop is not None and len(data) != stop - start:
+            raise OSError(f"{len(data)} bytes arrived from {start} on, {stop - start} were asked for")
+        return data
+
+    with _explained(url):
+        return bytes(_retry(read))
+
+
+def file_size(url: str | os.PathLike[str]) -> int | None:
+    """Bytes of a file as its place says now; None if it is not there.
+
+    Raises:
+        StorageError: naming the URL and what to check.
+    """
+    fs, path = _resolve(url)
+
+    def ask() -> int | None:
+        fs.invalidate_cache()
+        try:
+            return int(fs.info(path)["size"])
+        except FileNotFoundError:
+            return None
+
+    with _explained(url):
+        size: int | None = _retry(ask)
+        return size
 
 
 def join(url: str | os.PathLike[str], name: str) -> str:
@@ -264,10 +333,10 @@ def _transfer(url: str, work: Callable[[Any, str], Any]) -> None:
 
 
 def _size(url: str) -> int:
-    fs, path = _resolve(url)
-    with _explained(url):
-        fs.invalidate_cache()
-        return int(_retry(lambda: fs.info(path))["size"])
+    size = file_size(url)
+    if size is None:
+        raise StorageError(f"{redact(url)} is gone; something else deletes files there")
+    return size
 
 
 def _sha256(url: str) -> str:

@@ -1,8 +1,8 @@
 """Asks a checkpoint a question about a picture or a film, prints the answer, saves the picture with its points drawn.
 
 usage: python -m pipelines.generate checkpoint=FOLDER prompt=TEXT [image=FILE ... | video=FILE ...] [out=answer.png]
-                                    [heatmap=FILE] [max_new_tokens=256] [style=qa] [precision=fp32]
-                                    [keep_image_tokens=1] [decoding.NAME=VALUE ...]
+                                    [option=TEXT ...] [style=NAME] [length=N] [heatmap=FILE] [max_new_tokens=256]
+                                    [precision=fp32] [keep_image_tokens=1] [decoding.NAME=VALUE ...]
 
 checkpoint      a checkpoint's name or folder, such as sft/step-000500 or artifacts/checkpoints/sft/step-000500
 image           a picture; several `image=` are asked about together, up to the model's max_images
@@ -13,7 +13,9 @@ out             where the first picture goes, the points of the answer drawn; an
 heatmap         where the selection of a HeMolmo goes: each picture with the tokens that the model kept for this
                 question in the colour of their importance; further pictures as NAME-2.png, NAME-3.png ...
 max_new_tokens  the answer is cut off there
-style           task family that the prompt is framed for, where the model was trained with a `style` system prompt
+option          a choice that the question offers; several, in their order, are written behind it as in training
+style           task family that the question is asked in, for a model whose prompts depend on it (docs/prompts.md)
+length          about how long a caption is to be, in units of 15 letters, for a model trained with `style_and_length`
 precision       fp32, bf16 or fp16
 keep_image_tokens  share of each picture's tokens that the language model sees
 decoding.NAME   as in the params: decoding.num_beams=3, or decoding.do_sample=true decoding.top_p=0.9 decoding.seed=1
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
     from molmo_model.eval.inference import Predictor, Question
 
 OPTIONS = (
-    *("checkpoint", "prompt", "image", "video", "out", "heatmap", "max_new_tokens", "style", "precision"),
-    *("keep_image_tokens", "decoding.NAME"),
+    *("checkpoint", "prompt", "image", "video", "out", "heatmap", "max_new_tokens", "style", "length", "option"),
+    *("precision", "keep_image_tokens", "decoding.NAME"),
 )
 
 
@@ -64,7 +66,12 @@ class Request:
     """Settings of `molmo_model.config.DecodingConfig`, as `key=value`."""
     keep_image_tokens: float = 1.0
     max_new_tokens: int = 256
-    style: str = "qa"
+    options: tuple[str, ...] = ()
+    """Choices that the question offers."""
+    style: str | None = None
+    """None is that of a question as people ask it."""
+    length: int | None = None
+    """Of a caption; see `Preprocessor.encode_prompt`."""
     precision: str = "fp32"
 
 
@@ -75,7 +82,7 @@ def parse(argv: Sequence[str]) -> Request:
         ConfigError: an unknown, missing, repeated or wrong option, by name.
     """
     values: dict[str, str] = {}
-    images, videos, decoding = [], [], []
+    images, videos, decoding, options = [], [], [], []
     for argument in argv:
         name, separator, value = argument.partition("=")
         if separator and name.startswith("decoding."):
@@ -89,8 +96,10 @@ def parse(argv: Sequence[str]) -> Request:
             images.append(Path(value))
         elif name == "video":
             videos.append(value)
+        elif name == "option":
+            options.append(value)
         elif name in values:
-            raise ConfigError(f"{name}= is given twice; only image= and video= may be")
+            raise ConfigError(f"{name}= is given twice; only image=, video= and option= may be")
         else:
             values[name] = value
     for name in ("checkpoint", "prompt"):
@@ -98,9 +107,11 @@ def parse(argv: Sequence[str]) -> Request:
             raise ConfigError(f"{name}= is missing; --help shows the usage")
     if "heatmap" in values and not images:
         raise ConfigError("heatmap= shows what is selected of a picture; give an image=")
-    tokens = values.get("max_new_tokens", "256")
+    tokens, length = values.get("max_new_tokens", "256"), values.get("length")
     if not tokens.isdecimal() or int(tokens) < 1:
         raise ConfigError(f"max_new_tokens={tokens} must be a whole number of at least 1")
+    if length is not None and not length.isdecimal():
+        raise ConfigError(f"length={length} must be a whole number, 0 for none")
     try:
         keep = float(values.get("keep_image_tokens", "1"))
     except ValueError as error:
@@ -113,7 +124,9 @@ def parse(argv: Sequence[str]) -> Request:
         out=Path(values["out"]) if "out" in values else None,
         heatmap=Path(values["heatmap"]) if "heatmap" in values else None,
         max_new_tokens=int(tokens),
-        style=values.get("style", "qa"),
+        options=tuple(options),
+        style=values.get("style"),
+        length=None if length is None else int(length),
         precision=values.get("precision", "fp32"),
         decoding=decoding,
         keep_image_tokens=keep,
@@ -134,28 +147,28 @@ def answer(request: Request) -> str:
     decoding = read_decoding(request.decoding, request.max_new_tokens, "generate")
     read = [_read(path) for path in request.images]
     # the answer's turn is only there because a conversation ends with one; the model is given what stands before it
-    turns = (Message("user", request.prompt), Message("assistant", "?"))
+    turns = (Message("user", request.prompt, options=request.options), Message("assistant", "A"))
     videos = tuple(_film(given) for given in request.videos)
-    example = Example(
-        "question", tuple(image for image, _ in read), (Conversation(request.style, turns),), videos=videos
-    )
 
     from molmo_model.eval.inference import Predictor, Question
     from molmo_model.preprocessing.points import extract_points
+    from molmo_model.preprocessing.system_prompts import default_style
 
     predictor = Predictor.load(request.checkpoint, precision)
+    style = request.style or default_style(predictor.preprocessor.config.system_prompt)
+    example = Example("question", tuple(image for image, _ in read), (Conversation(style, turns),), videos=videos)
     if request.heatmap is not None:
         from molmo_model.eval.heatmap import require_selector
 
         require_selector(predictor)
-    question = [Question(example)]
+    question = [Question(example, length=request.length)]
     (said,) = predictor.answer(question, request.max_new_tokens, decoding, request.keep_image_tokens)
     points = extract_points(said.text)
     lines = [said.text + (f" [cut off at {said.tokens} tokens]" if said.finish_reason == "length" else "")]
     if read and (points or request.out is not None):
         lines.append(_save(read[0][1], points, request.out or Path("answer.png")))
     if request.heatmap is not None:
-        lines += _save_selection(predictor, Question(example), [pixels for _, pixels in read], request.heatmap)
+        lines += _save_selection(predictor, question[0], [pixels for _, pixels in read], request.heatmap)
     return "\n".join(lines)
 
 

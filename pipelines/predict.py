@@ -92,10 +92,8 @@ def _prompts(folder: Path, asked: "Sequence[Item]") -> list[list[str]]:
     """Per item the texts of its turns, before the answer, as the checkpoint's preprocessor writes them."""
     from molmo_model.preprocessing import prompts
 
-    config = _preprocessor_config(folder)
-    formats = (config.system_prompt, config.message_format, config.point_format)
-    texts = (prompts.choices(item.asked, *formats) for item in asked)
-    return [prompts.draw(choices, None)[:-1] for choices in texts]
+    form = _preprocessor_config(folder).prompts
+    return [prompts.asked(item.asked, form) for item in asked]
 
 
 def _preprocessor_config(folder: Path) -> "PreprocessorConfig":

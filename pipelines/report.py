@@ -1,7 +1,7 @@
 """The metric report: one self-contained page that compares the checkpoints of `eval.checkpoints` over all tasks.
 
 Scores with intervals beside the majority answer, curves, examples with pictures and points, and the lineage of every
-number; also as CSV and JSON. No torch.
+number; licence, source and revision of the data; also as CSV and JSON. No torch.
 """
 
 import json
@@ -32,6 +32,7 @@ def build(stage: Build) -> dict[str, Any]:
         examples=stage.params.eval.report_examples,
         checkpoints=checkpoints,
         params={run: _params(stage.inputs[f"checkpoints/{run}"]) for run in _runs(stage.params)},
+        data=_data(stage),
     )
     return report.write(inputs, stage.out)
 
@@ -74,6 +75,36 @@ def _params(folder: Path) -> dict[str, Any]:
     return read_manifest(folder).params
 
 
+def _data(stage: Build) -> list[Any]:
+    """The datasets behind the numbers: those that the runs shown were trained on, and those that the tasks ask."""
+    from molmo_model.artifacts import read_manifest
+    from molmo_model.eval.report import DataSource
+
+    trained = {run: _trained_on(stage.params, run) for run in _runs(stage.params)}
+    return [
+        DataSource(
+            dataset=name,
+            summary=read_manifest(stage.inputs[f"shards/{name}"]).summary,
+            runs=[run for run, datasets in trained.items() if name in datasets],
+            tasks=[task for task, config in stage.params.tasks.items() if config.dataset == name],
+        )
+        for name in _datasets(stage.params)
+    ]
+
+
+def _trained_on(params: Any, run: str) -> set[str]:
+    """The datasets of a run's mixture."""
+    from molmo_model.config import mixture_sources
+
+    return {entry.dataset for entry in mixture_sources(params.runs[run].mixture).values()}
+
+
+def _datasets(params: Any) -> list[str]:
+    """The datasets of all tasks and of the runs shown, in the order of the params."""
+    used = {task.dataset for task in params.tasks.values()}.union(*(_trained_on(params, run) for run in _runs(params)))
+    return [name for name in params.datasets if name in used]
+
+
 def _runs(params: Any) -> list[str]:
     """The runs whose checkpoints are compared."""
     return list(dict.fromkeys(name for c in params.eval.checkpoints if (name := c.partition("/")[0]) in params.runs))
@@ -88,7 +119,7 @@ def _inputs(params: Any, key: Any) -> dict[str, str]:
             for name in checkpoints
             for task in params.tasks
         },
-        **{f"shards/{task.dataset}": f"artifacts/shards/{task.dataset}" for task in params.tasks.values()},
+        **{f"shards/{name}": f"artifacts/shards/{name}" for name in _datasets(params)},
         **{f"checkpoints/{run}": f"artifacts/checkpoints/{run}" for run in _runs(params)},
     }
 

@@ -3,7 +3,10 @@
 A stage module says what it reads, which params count and how to build its artefact (`Stage`). `run()` compares that
 with what lies there: equal means nothing to do. Otherwise it builds in `.state/<stage>/<identity>/out`, which DVC never
 deletes, writes the manifest last and links the result to `artifacts/`. A killed build goes on from its state; another
-identity starts afresh.
+identity starts afresh, though an incremental stage may take what did not change from the last finished artefact.
+
+`run` trusts what the state folder remembers of files that did not change (`molmo_model.remembered`); `differences`, and
+every other verification that a person asks for, reads every file.
 """
 
 import contextlib
@@ -22,15 +25,20 @@ from typing import Any
 from molmo_model.artifacts import (
     MANIFEST,
     Manifest,
+    Sha256,
     clear_staging,
     digest_of,
     discard,
+    file_sha256,
     link_tree,
     path_digest,
+    read_manifest,
     verify,
     write_manifest,
+    write_text_atomic,
 )
 from molmo_model.errors import ArtifactError, ConfigError, MolmoError
+from molmo_model.remembered import Remembered, remembering
 from molmo_model.source_digest import source_digest
 
 Key = Mapping[str, str]
@@ -53,6 +61,9 @@ class Build:
     """Where the artefact will be published."""
     stamp: dict[str, Any]
     """`params`, `inputs` and `code` of the manifest, for parts that are artefacts of their own."""
+    previous: Path | None = None
+    """Of an incremental stage: the last finished artefact of this key, whatever it was made from. Its manifest has been
+    read, its files have not. They are shared by hard links: never open one for writing."""
 
     def publish(self, part: str) -> None:
         """Makes one finished part of `out` (a checkpoint) visible before the whole is done."""
@@ -84,6 +95,9 @@ class Stage:
     """Digests of inputs that are no single path, such as the images of a user's file."""
     resumable: bool = False
     """True: `out` of a killed build is kept and the build goes on in it."""
+    incremental: bool = False
+    """True: `build` gets the last finished artefact and takes from it what did not change. The result must be the same
+    bytes as without it."""
 
     @property
     def module(self) -> str:
@@ -93,12 +107,12 @@ class Stage:
         return Path(self.out.format(**key))
 
 
-def stamp(stage: Stage, params: Any, key: Key) -> dict[str, Any]:
+def stamp(stage: Stage, params: Any, key: Key, sha256: Sha256 = file_sha256) -> dict[str, Any]:
     """What an artefact made now would be made from: `params`, `inputs` (digests) and `code`."""
     from molmo_model.config import pick
 
     paths = (*(path.format(**key) for path in stage.params), *stage.more_params(params, key))
-    inputs = {name: path_digest(path) for name, path in stage.inputs(params, key).items()}
+    inputs = {name: path_digest(path, sha256) for name, path in stage.inputs(params, key).items()}
     return {
         "params": pick(params, paths),
         "inputs": {**inputs, **stage.fingerprints(params, key)},
@@ -123,15 +137,17 @@ def run(stage: Stage, params: Any, **key: str) -> Manifest:
     """
     key = check_key(stage, params, key)
     target = stage.target(key)
-    with _lock(stage, key):
+    with _lock(stage, key), remembering(state_root()) as memory:
         clear_staging(target)
-        made_from = stamp(stage, params, key)
-        if (manifest := _finished(target, made_from, stage)) is not None:
+        made_from = stamp(stage, params, key, memory.sha256)
+        memory.flush()
+        if (manifest := _finished(target, made_from, stage, memory)) is not None:
             return manifest
         state = state_dir(stage, key, made_from)
         out, work = state / "out", state / "work"
-        manifest = _finished(out, made_from, stage)
+        manifest = _finished(out, made_from, stage, memory)
         if manifest is None:
+            previous = _previous(stage, key, out) if stage.incremental else None
             if out.exists() and not stage.resumable:
                 shutil.rmtree(out)
             discard(target)
@@ -140,9 +156,12 @@ def run(stage: Stage, params: Any, **key: str) -> Manifest:
             work.mkdir(parents=True, exist_ok=True)
             inputs = {name: Path(path) for name, path in stage.inputs(params, key).items()}
             started = time.time()
-            summary = stage.build(Build(params, dict(key), inputs, out, work, target, made_from))
-            manifest = write_manifest(out, schema=stage.schema, version=stage.version, summary=summary, **made_from)
+            summary = stage.build(Build(params, dict(key), inputs, out, work, target, made_from, previous))
+            facts = {"schema": stage.schema, "version": stage.version, "summary": summary, **made_from}
+            manifest = write_manifest(out, sha256=memory.sha256, **facts)
             _log_run(stage, key, manifest, started)
+        if stage.incremental:
+            write_text_atomic(_pointer(stage, key), state.name)
         link_tree(out, target)
         return manifest
 
@@ -236,9 +255,9 @@ def checkpoint_folder(name: str) -> Path:
     return named if not Path(name).exists() and named.exists() else Path(name)
 
 
-def _finished(directory: Path, made_from: Mapping[str, Any], stage: Stage) -> Manifest | None:
+def _finished(directory: Path, made_from: Mapping[str, Any], stage: Stage, memory: Remembered) -> Manifest | None:
     try:
-        manifest = verify(directory, stage.schema)
+        manifest = verify(directory, stage.schema, memory.sha256)
     except ArtifactError:
         return None
     return None if _compare(manifest, made_from, stage) else manifest
@@ -258,10 +277,37 @@ def _compare(manifest: Manifest, made_from: Mapping[str, Any], stage: Stage) -> 
     return found
 
 
+def _previous(stage: Stage, key: Key, out: Path) -> Path | None:
+    """The last finished artefact of a key, other than the one that is to be built in `out`: in the state, or adopted
+    from where it is published, as after `dvc pull`. None where there is none whose manifest can be read."""
+    with contextlib.suppress(OSError, ArtifactError):
+        last = state_root() / stage.name / _pointer(stage, key).read_text(encoding="utf-8") / "out"
+        read_manifest(last, stage.schema)
+        return last if last != out else None
+    try:
+        manifest = read_manifest(stage.target(key), stage.schema)
+    except ArtifactError:
+        return None
+    made_from = {"params": manifest.params, "inputs": manifest.inputs, "code": manifest.code}
+    last = state_dir(stage, key, made_from) / "out"
+    if not (last / MANIFEST).exists():
+        link_tree(stage.target(key), last)
+    return last if last != out else None
+
+
+def _pointer(stage: Stage, key: Key) -> Path:
+    """Where the name of the last finished state of a key stands."""
+    return state_root() / "last" / _name(stage, key)
+
+
+def _name(stage: Stage, key: Key) -> str:
+    return "-".join([stage.name, *key.values()]).replace("/", "_")
+
+
 @contextlib.contextmanager
 def _lock(stage: Stage, key: Key) -> Iterator[None]:
     """One build of one artefact at a time; a second caller waits and then finds it done. A kill frees it."""
-    path = state_root() / "locks" / "-".join([stage.name, *key.values()]).replace("/", "_")
+    path = state_root() / "locks" / _name(stage, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

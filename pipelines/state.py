@@ -27,6 +27,10 @@ STAGES: tuple[Stage, ...] = tuple(
 )
 
 
+NO_STATE = ("locks", "downloads")
+"""Below the state root, but of no stage: locks, and the files of `pipelines.download`, which are never pruned."""
+
+
 @dataclass(frozen=True)
 class State:
     """One directory of the state root."""
@@ -52,7 +56,7 @@ def states(params: Any) -> list[State]:
     for path in sorted(state_root().glob("*/*")):
         if path == predict.journals():
             found += [_state(journal, journal in kept) for journal in sorted(path.iterdir()) if journal.is_dir()]
-        elif path.is_dir() and path.parent.name != "locks":
+        elif path.is_dir() and path.parent.name not in NO_STATE:
             found.append(_state(path, path in wanted))
     return found
 

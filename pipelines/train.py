@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_model.artifacts import read_manifest
-from molmo_model.config import Params, checkpoint_name, model_of, saved_steps, to_dict
+from molmo_model.config import Params, checkpoint_name, mixture_sources, model_of, saved_steps, to_dict
 from molmo_model.errors import CheckpointError, ConfigError
-from pipelines.stage import Build, Key, Stage, main
+from pipelines.stage import Build, Key, Stage, main, state_root
 
 if TYPE_CHECKING:  # runs in the child, never here; stands here so that it is part of the stage's code digest
     import molmo_model.train.worker  # noqa: F401
@@ -41,11 +41,27 @@ def start_checkpoint(params: Params, run: str) -> str:
 
 
 def inputs(params: Params, key: Key) -> dict[str, str]:
-    """`init`, `mixture` and `shards/<dataset>` of a run."""
+    """`init`, `mixture` and `shards/<dataset>` of a run; shards elsewhere count by their digest alone."""
     run = key["run"]
-    datasets = sorted({entry.dataset for entry in params.runs[run].mixture.values()})
-    shards = {f"shards/{dataset}": f"artifacts/shards/{dataset}" for dataset in datasets}
+    shards = {} if params.runtime.shards_root else shards_of(params, run, "artifacts/shards")
     return {"init": start_checkpoint(params, run), "mixture": f"artifacts/mixture/{run}", **shards}
+
+
+def fingerprints(params: Params, key: Key) -> dict[str, str]:
+    """Digests of the shards under `runtime.shards_root`: the same as of equal ones in artifacts/, so that the same
+    training has one identity wherever it reads from."""
+    if not params.runtime.shards_root:
+        return {}
+    from molmo_model.data.shard_reader import manifest_at
+
+    shards = shards_of(params, key["run"], params.runtime.shards_root)
+    return {name: manifest_at(place).digest for name, place in shards.items()}
+
+
+def shards_of(params: Params, run: str, root: str) -> dict[str, str]:
+    """`shards/<dataset>` to its folder or URL below `root`."""
+    datasets = sorted({entry.dataset for entry in mixture_sources(params.runs[run].mixture).values()})
+    return {f"shards/{dataset}": f"{root.rstrip('/')}/{dataset}" for dataset in datasets}
 
 
 def more_params(params: Params, key: Key) -> tuple[str, ...]:
@@ -140,12 +156,14 @@ class _Training:
         job = Job(
             run=self.run_name,
             params=to_dict(build.params),
-            inputs={name: str(path) for name, path in build.inputs.items()},
+            inputs={name: str(path) for name, path in build.inputs.items()}
+            | shards_of(build.params, self.run_name, build.params.runtime.shards_root or "artifacts/shards"),
             out=str(build.out),
             work=str(build.work),
             stamp=build.stamp,
             resume=str(self.resume[1]) if self.resume else None,
             timings=str(self.timings),
+            shard_cache=str(state_root() / "shard_cache"),
         )
         output = build.work / "torchrun.log"
         news = supervisor.follow(build.work / EVENTS)
@@ -203,7 +221,7 @@ class _Training:
     def finish(self) -> dict[str, Any]:
         """Puts the metrics beside the checkpoints and returns the summary."""
         from molmo_model.train.history import step_name, steps_in
-        from molmo_model.train.metrics_log import LOSS_CURVE, METRICS, read_metrics, write_loss_curve
+        from molmo_model.train.metrics_log import LOSS_CURVE, METRICS, SKIPPED, read_metrics, write_loss_curve
 
         build = self.build
         metrics = read_metrics(build.work / METRICS)
@@ -213,6 +231,8 @@ class _Training:
             )
         shutil.copyfile(build.work / METRICS, build.out / METRICS)
         write_loss_curve(metrics, build.out / LOSS_CURVE)
+        if (build.work / SKIPPED).exists():
+            shutil.copyfile(build.work / SKIPPED, build.out / SKIPPED)
         shutil.rmtree(self.stopped_folder, ignore_errors=True)
         steps = [step for step, _ in steps_in(build.out)]
         last = read_manifest(build.out / step_name(steps[-1]))
@@ -223,6 +243,7 @@ class _Training:
             "parameters": last.summary["parameters"],
             "examples": sum(line["examples"] for line in metrics),
             "tokens": sum(line["tokens"] for line in metrics),
+            "skipped_examples": sum(line["skipped"] for line in metrics),
             "first_loss": metrics[0]["loss"],
             "last_loss": metrics[-1]["loss"],
         }
@@ -287,6 +308,7 @@ STAGE = Stage(
     partitions=lambda params: [{"run": run} for run in params.runs],
     inputs=inputs,
     more_params=more_params,
+    fingerprints=fingerprints,
     resumable=True,
 )
 

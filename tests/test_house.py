@@ -230,7 +230,7 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("name", [*STAGE_NAMES, "generate", "export", "import_checkpoint"])
+@pytest.mark.parametrize("name", [*STAGE_NAMES, "generate", "export", "import_checkpoint", "download"])
 def test_help_is_light_and_helpful(name: str) -> None:
     code = RUN_HELP.format(name=name)
     assert modules_after(code) == set()

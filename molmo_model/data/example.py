@@ -23,6 +23,13 @@ ROLES = ("user", "assistant")
 SPLITS = ("train", "eval")
 _TEXTS = ("alternatives", "options")
 """Fields of a message that are lists of texts; written only where they are not empty."""
+_PLAIN = ("role", "text", "points", "label")
+"""Fields that a message's JSON always has."""
+_OPTIONAL = (*_TEXTS, "explanation", "inline")
+"""Fields of a message's JSON that are there only where they say something."""
+
+POINT_MARK = "<|POINT|>"
+"""Where inline points stand in an answer's text."""
 
 MAX_OPTIONS = 26
 """Choices of one question: they are lettered from A to Z."""
@@ -95,6 +102,18 @@ class Video:
 
 
 @dataclass(frozen=True)
+class InlinePoints:
+    """Points inside an answer's text, at one `POINT_MARK`: a tag in the middle of a sentence."""
+
+    points: tuple[Point, ...]
+    """At least one."""
+    text: str
+    """What the tag shows, as the sentence reads without it."""
+    label: str
+    """What is pointed at."""
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn. A user's turn is text or, with text None, a prompt drawn from the style's templates. An assistant's
     turn is either text or points. What has several wordings (answers of equal votes, transcripts, paraphrases) stands
@@ -111,7 +130,12 @@ class Message:
     """Texts that could stand in place of `text`, each as good."""
     options: tuple[str, ...] = ()
     """Choices that a user's question offers, in order; `prompts` writes them behind the question as `A: ...`. The
-    assistant's text is then the letter of the right one."""
+    assistant's text is then the letter of the right one; in a style of `templates.UNLABELLED_STYLES` the choices have
+    no letters, and it is the choice itself."""
+    explanation: str | None = None
+    """Reasoning in front of an assistant's text, which is then the short answer."""
+    inline: tuple[InlinePoints, ...] = ()
+    """Points inside an assistant's text, one for each `POINT_MARK` in it, in order."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +220,32 @@ class Example:
             for i, item in enumerate(_list(fields["conversations"], name, "conversations"))
         ]
         return cls(fields["id"], tuple(images), tuple(conversations), fields["metadata"], tuple(videos))
+
+    @classmethod
+    def from_trusted(cls, raw: Mapping[str, Any], image_bytes: Sequence[bytes]) -> "Example":
+        """As `from_json`, without a single check: for bytes that a checked `Example` was written as and that a hash
+        from the same index vouches for. What an example holds is checked once, when it is made, and not at every read
+        of a training. Anything else goes through `from_json`.
+        """
+        count = len(raw["images"])
+        images = [
+            Image(data, one["width"], one["height"], one["format"])
+            for one, data in zip(raw["images"], image_bytes, strict=False)
+        ]
+        films = zip(raw.get("videos", ()), image_bytes[count:], strict=True)
+        talks = [
+            Conversation(one["style"], tuple(map(_trusted_message, one["messages"])), one["weight"], one["metadata"])
+            for one in raw["conversations"]
+        ]
+        example = object.__new__(cls)  # `__init__` would check
+        example.__dict__.update(
+            id=raw["id"],
+            images=tuple(images),
+            conversations=tuple(talks),
+            metadata=raw["metadata"],
+            videos=tuple(_video(one, data, raw["id"], "videos", False) for one, data in films),
+        )
+        return example
 
     def content_hash(self) -> str:
         """SHA-256 over everything, image bytes included."""
@@ -323,6 +373,8 @@ def _check_conversation(conversation: Conversation, has_image: bool, name: str, 
                 f"is {message.role!r} where {ROLES[i % 2]!r} must stand: the roles alternate",
             )
         _check_message(message, has_image, name, field_name)
+        if i % 2 and (offered := messages[i - 1].options):
+            _check_choice(message, offered, name, field_name)
 
 
 def _check_message(message: Message, has_image: bool, name: str, where: str) -> None:
@@ -341,17 +393,21 @@ def _check_message(message: Message, has_image: bool, name: str, where: str) -> 
         return
     if (message.text is None) == (message.points is None):
         _refuse(name, where, "must have either text or points, an assistant's turn cannot have both or neither")
+    if (message.points is not None or message.inline) and not has_image:
+        _refuse(name, f"{where}.{'inline' if message.points is None else 'points'}", "has no image to point at")
     if message.points is None:
         return
-    if not has_image:
-        _refuse(name, f"{where}.points", "has no image to point at")
     if message.label is None:
         _refuse(name, f"{where}.label", "is missing; points need a label that says what they point at")
-    for i, point in enumerate(message.points):
-        if not isinstance(point, tuple) or len(point) != 2 or not all(is_number(value) for value in point):
-            _refuse(name, f"{where}.points[{i}]", f"is {point!r}; it must be a pair of finite numbers")
-        if not all(0 <= value <= 100 for value in point):
-            _refuse(name, f"{where}.points[{i}]", f"is {point}, outside the image: both must lie in [0, 100] percent")
+    _check_points(message.points, name, f"{where}.points")
+
+
+def _check_choice(message: Message, offered: tuple[str, ...], name: str, where: str) -> None:
+    """The answer to a question with options is one of them, or the letter of one."""
+    letters = [chr(ord("A") + i) for i in range(len(offered))]
+    for text in (message.text, *message.alternatives):
+        if text not in letters and text not in offered:
+            _refuse(name, f"{where}.text", f"is {text!r}, none of the options and no letter from A to {letters[-1]}")
 
 
 def _check_texts(message: Message, name: str, where: str) -> None:
@@ -362,12 +418,50 @@ def _check_texts(message: Message, name: str, where: str) -> None:
                 _refuse(name, f"{where}.{part}[{i}]", f"is {value!r}; it must be text that is not empty")
             if problem := plain_problem(value, f"{where}.{part}[{i}]"):
                 _refuse(name, *problem)
+    _check_answer_parts(message, name, where)
     if message.alternatives and message.text is None:
         _refuse(name, f"{where}.alternatives", "stand without the text that they are alternatives of")
     if message.options and (message.role != "user" or message.text is None):
         _refuse(name, f"{where}.options", "belong to a user's turn with a text")
     if not 0 <= len(message.options) <= MAX_OPTIONS or len(message.options) == 1:
         _refuse(name, f"{where}.options", f"are {len(message.options)}; a question offers 2 to {MAX_OPTIONS}")
+    for i, value in enumerate(message.options):
+        if value in message.options[:i]:
+            _refuse(name, f"{where}.options[{i}]", f"is {value!r} as options[{message.options.index(value)}] is")
+
+
+def _check_answer_parts(message: Message, name: str, where: str) -> None:
+    """Explanation and inline points."""
+    if message.explanation is not None:
+        if message.role != "assistant" or message.text is None:
+            _refuse(name, f"{where}.explanation", "belongs to an assistant's turn with a text")
+        if not isinstance(message.explanation, str) or not message.explanation.strip():
+            _refuse(name, f"{where}.explanation", f"is {message.explanation!r}; it must be text that is not empty")
+        if problem := plain_problem(message.explanation, f"{where}.explanation"):
+            _refuse(name, *problem)
+    if not message.inline:
+        return
+    if message.role != "assistant" or message.text is None or message.alternatives:
+        _refuse(name, f"{where}.inline", "belongs to an assistant's turn with one text")
+    if (marks := message.text.count(POINT_MARK)) != len(message.inline):
+        _refuse(name, f"{where}.inline", f"has {len(message.inline)} entries, but the text {marks} {POINT_MARK}")
+    for i, one in enumerate(message.inline):
+        for part in ("text", "label"):
+            value = getattr(one, part)
+            if not isinstance(value, str) or plain_problem(value, part):
+                _refuse(name, f"{where}.inline[{i}].{part}", f"is {value!r}; it must be text")
+        if not one.points:
+            _refuse(name, f"{where}.inline[{i}].points", "is empty; a mark without points is no mark")
+        _check_points(one.points, name, f"{where}.inline[{i}].points")
+
+
+def _check_points(points: Sequence[Any], name: str, where: str) -> None:
+    """Pairs of percent."""
+    for i, point in enumerate(points):
+        if not isinstance(point, tuple) or len(point) != 2 or not all(is_number(value) for value in point):
+            _refuse(name, f"{where}[{i}]", f"is {point!r}; it must be a pair of finite numbers")
+        if not all(0 <= value <= 100 for value in point):
+            _refuse(name, f"{where}[{i}]", f"is {point}, outside the image: both must lie in [0, 100] percent")
 
 
 def _check_metadata(metadata: Any, name: str, where: str) -> None:
@@ -392,12 +486,18 @@ def _conversation_json(conversation: Conversation) -> dict[str, Any]:
                 "points": None if message.points is None else [list(point) for point in message.points],
                 "label": message.label,
                 **{name: list(getattr(message, name)) for name in _TEXTS if getattr(message, name)},
+                **({} if message.explanation is None else {"explanation": message.explanation}),
+                **({"inline": [_inline_json(one) for one in message.inline]} if message.inline else {}),
             }
             for message in conversation.messages
         ],
         "weight": conversation.weight,
         "metadata": conversation.metadata,
     }
+
+
+def _inline_json(one: InlinePoints) -> dict[str, Any]:
+    return {"points": [list(point) for point in one.points], "text": one.text, "label": one.label}
 
 
 def _image(raw: Any, data: bytes, name: Any, where: str, verify: bool) -> Image:
@@ -458,17 +558,39 @@ def _timeline(fields: dict[str, Any], name: Any, where: str) -> Timeline:
 
 def _conversation(raw: Any, name: Any, where: str) -> Conversation:
     fields = _fields(raw, name, where, ("style", "messages", "weight", "metadata"))
-    messages = []
-    for i, item in enumerate(_list(fields["messages"], name, f"{where}.messages")):
-        more = tuple(one for one in _TEXTS if isinstance(item, Mapping) and one in item)
-        parts = _fields(item, name, f"{where}.messages[{i}]", ("role", "text", "points", "label", *more))
-        parts |= {one: tuple(_list(parts[one], name, f"{where}.messages[{i}].{one}")) for one in more}
-        points = parts["points"]
-        if points is not None:
-            pairs = _list(points, name, f"{where}.messages[{i}].points")
-            parts["points"] = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
-        messages.append(Message(**parts))
+    items = enumerate(_list(fields["messages"], name, f"{where}.messages"))
+    messages = [_message(item, name, f"{where}.messages[{i}]") for i, item in items]
     return Conversation(fields["style"], tuple(messages), fields["weight"], fields["metadata"])
+
+
+def _message(raw: Any, name: Any, where: str) -> Message:
+    more = tuple(one for one in _OPTIONAL if isinstance(raw, Mapping) and one in raw)
+    parts = _fields(raw, name, where, (*_PLAIN, *more))
+    lists = [one for one in more if one != "explanation"]
+    parts |= {one: tuple(_list(parts[one], name, f"{where}.{one}")) for one in lists}
+    if "inline" in more:
+        parts["inline"] = tuple(_inline(one, name, f"{where}.inline") for one in parts["inline"])
+    points = parts["points"]
+    if points is not None:
+        parts["points"] = _points(points, name, f"{where}.points")
+    return Message(**parts)
+
+
+def _trusted_message(raw: Mapping[str, Any]) -> Message:
+    """As `_message`; the plain ones, which most are, without looking at every field."""
+    if len(raw) > len(_PLAIN) or raw["points"] is not None:
+        return _message(raw, None, "message")
+    return Message(raw["role"], raw["text"], None, raw["label"])
+
+
+def _inline(raw: Any, name: Any, where: str) -> InlinePoints:
+    fields = _fields(raw, name, where, ("points", "text", "label"))
+    return InlinePoints(_points(fields["points"], name, f"{where}.points"), fields["text"], fields["label"])
+
+
+def _points(raw: Any, name: Any, where: str) -> tuple[Any, ...]:
+    """A list of pairs as tuples; `_check_points` looks at what they hold."""
+    return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in _list(raw, name, where))
 
 
 def _fields(raw: Any, name: Any, where: str, names: tuple[str, ...]) -> dict[str, Any]:

@@ -11,12 +11,14 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from molmo_model.config import Expectations
+from molmo_model.data.example import Conversation
 from molmo_model.data.shard_reader import ShardReader
 
 if TYPE_CHECKING:
@@ -26,19 +28,27 @@ if TYPE_CHECKING:
 SAMPLE = 20_000
 """Examples that are looked at, spread evenly over the index; a smaller data set is looked at whole."""
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
-STYLE_DIVERGENCE = 0.1
-"""Kullback-Leibler divergence, in nats, of evaluation's styles from training's that is still unremarkable."""
+LONG = 64
+"""Characters from which a text is long: nobody writes it twice by chance."""
 
 Result = dict[str, Any]
 
 
-def conversations(reader: ShardReader, bad_rows: int) -> "pandas.DataFrame":
+def conversations(reader: ShardReader, bad_rows: int, seen: Collection[str] = ()) -> "pandas.DataFrame":
     """What the suite looks at: one row per conversation of up to `SAMPLE` examples.
+
+    Args:
+        reader: the dataset.
+        bad_rows: rows of the source that became no example, dead links among them.
+        seen: ids of evaluation examples with a picture that training shows too.
 
     Columns: `example`, `split`, `style`, `eval_style` (null in training), `prompt_chars`, `answer_chars`, `turns`,
     `images`, `short_side` and `aspect` (longer by shorter side) of the first image (null without one),
     `is_eval`, `is_majority_answer` (the most frequent answer of its style), `is_repeated_image` (the image of an
-    earlier example), and the same number in every row: `drop_rate`, of the rows of the source that were bad.
+    earlier example), `is_repeated_question` (asks of the same images what an earlier conversation has asked; null where
+    the style's templates ask, and for short questions without an image), `is_repeated_text` (a long answer that an
+    earlier example has word for word; null where it is short), and the same number in every row: `drop_rate`, of the
+    rows of the source that were bad, and `near_duplicate_rate`, of evaluation's examples that training has seen.
     """
     import pandas as pd
 
@@ -48,11 +58,12 @@ def conversations(reader: ShardReader, bad_rows: int) -> "pandas.DataFrame":
     frame["eval_style"] = frame["style"].where(frame["split"] == "eval")
     frame["is_eval"] = (frame["split"] == "eval").astype(float)
     frame["drop_rate"] = bad_rows / (bad_rows + len(reader))
+    frame["near_duplicate_rate"] = len(seen) / max(len(reader.rows("eval")), 1)
     return frame.drop(columns="answer")
 
 
 def _facts(reader: ShardReader) -> Iterator[dict[str, Any]]:
-    index, seen = reader.index, set[str]()
+    index, seen, asked, said = reader.index, set[str](), set[int](), dict[str, str]()
     hashes = reader.files()
     splits = index["split"].to_pylist()
     step = max(1, math.ceil(len(reader) / SAMPLE))
@@ -64,6 +75,8 @@ def _facts(reader: ShardReader) -> Iterator[dict[str, Any]]:
         for conversation in example.conversations:
             answer = conversation.messages[-1]
             text = answer.text if answer.text is not None else json.dumps(answer.points)
+            question = _question(conversation, hashes[row])
+            is_long = answer.text is not None and len(text) >= LONG
             yield {
                 "example": example.id,
                 "split": splits[row],
@@ -76,66 +89,113 @@ def _facts(reader: ShardReader) -> Iterator[dict[str, Any]]:
                 "short_side": None if sides is None else sides[0],
                 "aspect": None if sides is None else sides[1] / sides[0],
                 "is_repeated_image": float(repeated),
+                "is_repeated_question": None if question is None else float(question in asked),
+                "is_repeated_text": float(said.setdefault(text, example.id) != example.id) if is_long else None,
             }
+            if question is not None:
+                asked.add(question)
 
 
-def suite(frame: "pandas.DataFrame", name: str) -> "gx.ExpectationSuite":
-    """The expectations; those on evaluation are left out where the data set holds none out."""
+def _question(conversation: Conversation, files: list[str]) -> int | None:
+    """What stands for all that is asked of some files; None where a template asks, or little is asked of nothing."""
+    texts = [message.text for message in conversation.messages[:-1]]
+    if None in texts or (not files and sum(len(text or "") for text in texts) < LONG):
+        return None
+    return hash((*files, *texts, *conversation.messages[0].options))
+
+
+def suite(frame: "pandas.DataFrame", name: str, limits: Expectations) -> "gx.ExpectationSuite":
+    """The expectations; those on evaluation are left out where the data set holds none out, and those on pictures, long
+    answers and questions where it has none."""
     import great_expectations as gx
     import great_expectations.expectations as gxe
 
     train = frame[frame["split"] == "train"]["style"].value_counts(normalize=True).sort_index()
     expected = [
-        gxe.ExpectTableRowCountToBeBetween(min_value=100, meta=_why("fewer teach and measure next to nothing")),
+        gxe.ExpectTableRowCountToBeBetween(
+            min_value=limits.min_rows, meta=_why("fewer teach and measure next to nothing")
+        ),
         gxe.ExpectColumnMaxToBeBetween(
-            column="drop_rate", max_value=0.01, meta=_why("more bad rows than 1 in 100 point to a fault of the source")
+            column="drop_rate",
+            max_value=limits.max_drop_rate,
+            meta=_why("bad rows in such numbers point to a fault of the source"),
         ),
         gxe.ExpectColumnMeanToBeBetween(
             column="is_eval",
-            min_value=0.001,
-            max_value=0.5,
+            min_value=limits.min_eval_share,
+            max_value=limits.max_eval_share,
             meta=_why("without a held-out part nothing can be measured; more than half teaches little"),
         ),
-        gxe.ExpectColumnMeanToBeBetween(
-            column="is_majority_answer",
-            max_value=0.9,
-            meta=_why("if one answer is nearly always right, a high score means nothing"),
+        _mean(
+            "is_majority_answer",
+            limits.max_majority_answer,
+            "if one answer is nearly always right, a high score means nothing",
         ),
-        gxe.ExpectColumnMeanToBeBetween(
-            column="is_repeated_image",
-            max_value=0.5,
-            meta=_why("one image in many examples is cheaper as one example with many conversations"),
+        _mean(
+            "is_repeated_image",
+            limits.max_repeated_image,
+            "one image in many examples is cheaper as one example with many conversations",
+        ),
+        _mean(
+            "is_repeated_question",
+            limits.max_repeated_question,
+            "what is asked twice of one picture is learned twice, or answered in two ways",
+        ),
+        _mean("is_repeated_text", limits.max_repeated_text, "long answers that come again are copies, or boilerplate"),
+        gxe.ExpectColumnMaxToBeBetween(
+            column="near_duplicate_rate",
+            max_value=limits.max_near_duplicates,
+            meta=_why("scores on pictures that training has seen count memory"),
         ),
         gxe.ExpectColumnMedianToBeBetween(
-            column="answer_chars", max_value=2000, meta=_why("answers of several pages are seldom meant")
+            column="answer_chars",
+            max_value=limits.median_answer_chars,
+            meta=_why("answers of several pages are seldom meant"),
         ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="answer_chars", max_value=8000, mostly=0.99, meta=_why("packs cut what does not fit into them")
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="short_side", min_value=16, mostly=0.99, meta=_why("smaller images are icons or mistakes")
-        ),
-        gxe.ExpectColumnValuesToBeBetween(
-            column="aspect", max_value=10, mostly=0.99, meta=_why("strips are squashed beyond recognition")
-        ),
+        _mostly("answer_chars", "packs cut what does not fit into them", most=limits.max_answer_chars),
+        _mostly("prompt_chars", "packs cut what does not fit into them", most=limits.max_prompt_chars),
+        _mostly("short_side", "smaller images are icons or mistakes", least=limits.min_short_side),
+        _mostly("aspect", "strips are squashed beyond recognition", most=limits.max_aspect),
     ]
     if frame["is_eval"].any() and len(train):
         expected.append(
             gxe.ExpectColumnKLDivergenceToBeLessThan(
                 column="eval_style",
                 partition_object={"values": train.index.tolist(), "weights": train.tolist()},
-                threshold=STYLE_DIVERGENCE,
+                threshold=limits.max_style_divergence,
                 tail_weight_holdout=0.001,
                 meta=_why("evaluation should ask what training teaches"),
             )
         )
-    if frame["images"].eq(0).all():
-        expected = [one for one in expected if getattr(one, "column", "") not in ("short_side", "aspect")]
-    return gx.ExpectationSuite(name=name, expectations=expected)
+    empty = {column for column in _MAYBE_EMPTY if frame[column].isna().all()}
+    if not frame["is_eval"].any():
+        empty.add("near_duplicate_rate")
+    kept = [one for one in expected if getattr(one, "column", "") not in empty]
+    return gx.ExpectationSuite(name=name, expectations=kept)
 
 
-def validate(frame: "pandas.DataFrame", dataset: str, docs: Path) -> list[Result]:
+_MAYBE_EMPTY = ("short_side", "aspect", "is_repeated_question", "is_repeated_text")
+"""Columns that have nothing to judge in some datasets."""
+
+
+def _mean(column: str, most: float, why: str) -> Any:
+    import great_expectations.expectations as gxe
+
+    return gxe.ExpectColumnMeanToBeBetween(column=column, max_value=most, meta=_why(why))
+
+
+def _mostly(column: str, why: str, least: float | None = None, most: float | None = None) -> Any:
+    import great_expectations.expectations as gxe
+
+    return gxe.ExpectColumnValuesToBeBetween(
+        column=column, min_value=least, max_value=most, mostly=0.99, meta=_why(why)
+    )
+
+
+def validate(frame: "pandas.DataFrame", dataset: str, docs: Path, limits: Expectations | None = None) -> list[Result]:
     """Runs the suite, writes Data Docs to `docs`, and returns one result per expectation, in a fixed order.
+
+    Thresholds are those of `limits`, by default the usual ones.
 
     A result has `expectation`, `column`, `kwargs`, `why`, `success`, `observed` and, where single values were judged,
     `unexpected_percent`; equal data give equal results.
@@ -149,7 +209,9 @@ def validate(frame: "pandas.DataFrame", dataset: str, docs: Path) -> list[Result
     batch = context.data_sources.add_pandas("shards").add_dataframe_asset(dataset)
     definition = batch.add_batch_definition_whole_dataframe("conversations")
     validation = context.validation_definitions.add(
-        gx.ValidationDefinition(name=dataset, data=definition, suite=context.suites.add(suite(frame, dataset)))
+        gx.ValidationDefinition(
+            name=dataset, data=definition, suite=context.suites.add(suite(frame, dataset, limits or Expectations()))
+        )
     )
     shutil.rmtree(docs, ignore_errors=True)
     context.add_data_docs_site(site_name="molmo", site_config=_site(docs))
@@ -185,13 +247,13 @@ def statistics(frame: "pandas.DataFrame", reader: ShardReader) -> dict[str, Any]
 
 
 def make_offline(docs: Path, title: str) -> None:
-    """Takes out of Data Docs what is loaded from other machines, puts a plain style in, and writes a start page that
-    needs no scripts: the pages open without a network and tell nobody that they were opened."""
+    """Takes out of Data Docs what is loaded from other machines and the controls that would need it, puts a plain style
+    in, and writes a start page: the pages open without a network or a script, and tell nobody that they were opened."""
     (docs / "index.html").unlink(missing_ok=True)
     pages = sorted(docs.rglob("*.html"), reverse=True)  # validations before expectations
     for path in [*pages, *docs.rglob("*.css")]:
         text = path.read_text(encoding="utf-8")
-        for remote in (_REMOTE_SCRIPT, _REMOTE_TAG, _REMOTE_URL):
+        for remote in (_SCRIPT, _REMOTE_TAG, _REMOTE_URL):
             text = remote.sub("", text)
         path.write_text(text.replace("</head>", f"<style>{_STYLE}</style></head>", 1), encoding="utf-8")
     names = {"validations": "Results", "expectations": "What is expected"}
@@ -204,14 +266,16 @@ def make_offline(docs: Path, title: str) -> None:
     (docs / "index.html").write_text(start + "\n", encoding="utf-8")
 
 
-_REMOTE_SCRIPT = re.compile(r"<script\b[^>]*\bsrc\s*=\s*[\"']?(?:https?:)?//[^>]*>\s*</script>", re.IGNORECASE)
+_SCRIPT = re.compile(r"<script\b.*?</script>", re.IGNORECASE | re.DOTALL)
+"""All of them: they are loaded from elsewhere, or need one that is."""
 _REMOTE_TAG = re.compile(r"<(?:link|img)\b[^>]*\b(?:href|src)\s*=\s*[\"']?(?:https?:)?//[^>]*>", re.IGNORECASE)
 _REMOTE_URL = re.compile(r"url\(\s*[\"']?(?:https?:)?//[^)]*\)", re.IGNORECASE)
 _STYLE = r"""
 body { font: 15px/1.5 system-ui, sans-serif; margin: 1.5rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: .5rem 0 }
 td, th { border: 1px solid #ccc; padding: .3rem .6rem; text-align: left }
-.modal, .collapse:not(.show), script, .navbar-toggler, footer, #edit-expectations { display: none }
+.modal, .collapse:not(.show), script, .navbar-toggler, footer, #edit-expectations, [data-toggle=collapse],
+.card:has([data-toggle=buttons]) { display: none }
 .fa-check-circle::before { content: "\2713"; color: #17713a } .fa-times::before { content: "\2717"; color: #b3261e }
 .fa-exclamation-triangle::before { content: "!"; color: #8a5a00 }
 """

@@ -1,11 +1,16 @@
 """The loader: the micro-batches of one rank for optimizer step n, with or without worker processes.
 
-Step n (from 1) consists of the packs [(n - 1) * packs_per_step, n * packs_per_step) of the plan. Rank r of w takes
-every w-th of them from the r-th on, `packs_per_microbatch` at a time; where the packs do not come out even, ranks get
-empty packs, so that all make the same number of equally shaped micro-batches. What a pack holds depends on its number
-alone: ranks, workers and restarts do not change the global batch, and the step number is all there is to resume from.
+Step n (from 1) consists of the packs [(n - 1) * packs_per_step, n * packs_per_step) of the plan. `assign` deals them to
+the ranks, equally many to each and level in cost, and each makes them `packs_per_microbatch` at a time; where the packs
+do not come out even, ranks get empty packs, so that all make the same number of equally shaped micro-batches. What a
+pack holds depends on its number alone: ranks, workers and restarts do not change the global batch, and the step number
+is all there is to resume from.
 
-Workers prefetch micro-batches. Because a batch is a pure function of its step, whatever they hold in flight at a
+Examples that cannot be read or decoded end a training, or with `skip_bad` are left out of their pack and reported with
+the step that they belong to. Which ones depends on the data alone, so it too is the same for any number of ranks.
+
+Workers prefetch micro-batches, and tell the plan which examples come next, so that it fetches them from a bucket in the
+background. Because a batch is a pure function of its step, whatever they hold in flight at a
 checkpoint need not be saved. Each notes what it is working on in shared memory: when one dies without a word (memory,
 a broken codec), the error names the example. They are processes of our own rather than torch's `DataLoader`, which
 draws a seed from the global generator (so that resuming would change the run) and tells a dead worker by its number.
@@ -13,9 +18,11 @@ draws a seed from the global generator (so that resuming would change the run) a
 
 import contextlib
 import os
+import re
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +30,8 @@ import numpy as np
 
 from molmo_model.data.example import Example
 from molmo_model.data.mixture import Draw
-from molmo_model.errors import ConfigError, DataError, MolmoError
+from molmo_model.data.packing import assign
+from molmo_model.errors import ConfigError, DataError, MolmoError, StorageError
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +39,24 @@ if TYPE_CHECKING:
 Batch = dict[str, "torch.Tensor"]
 _AHEAD = 2
 """Micro-batches that each worker prepares in advance."""
+_KEPT_STEPS = 4
 _PARENT_CHECK = 1.0
 """Seconds after which an idle worker looks whether its parent still lives."""
+_NOT_THE_DATA = (StorageError, ConfigError, MemoryError, ImportError)
+"""Failures that another attempt, another machine or another setting would not have: no reason to skip an example."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An example that was left out of its pack."""
+
+    step: int
+    pack: int
+    dataset: str
+    id: str
+    row: int
+    """In the dataset's index."""
+    reason: str
 
 
 class PackSource(Protocol):
@@ -40,9 +64,17 @@ class PackSource(Protocol):
 
     def pack(self, number: int) -> list[Draw]: ...
 
+    def cost(self, number: int) -> float: ...
+
+    def ahead(self, draws: Iterable[Draw]) -> None: ...
+
     def read(self, draw: Draw) -> Example: ...
 
+    def id(self, draw: Draw) -> str: ...
+
     def name(self, draw: Draw) -> str: ...
+
+    def close(self) -> None: ...
 
 
 Encode = Callable[[Example, Draw, int], Any]
@@ -71,6 +103,7 @@ class Loader:
         workers: processes that prepare batches in advance; 0 prepares them here, when they are asked for.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
         start_method: how workers start: `fork`, `forkserver` or `spawn` (these two pickle plan, encode and collate).
+        skip_bad: leave out examples whose data are at fault, and list them in `skipped`.
 
     Raises:
         ConfigError: a number is out of range.
@@ -88,20 +121,27 @@ class Loader:
         workers: int = 0,
         pin_memory: bool = False,
         start_method: str = "fork",
+        skip_bad: bool = False,
     ) -> None:
         if not 0 <= rank < world or packs_per_step < 1 or packs_per_microbatch < 1 or workers < 0:
             raise ConfigError(
                 f"loader: rank {rank} of {world}, {packs_per_step} packs per step, {packs_per_microbatch} per "
                 f"micro-batch, {workers} workers; rank must be below world, packs at least 1, workers at least 0"
             )
-        self._batches = _MicroBatches(plan, encode, collate, rank, world, packs_per_step, packs_per_microbatch)
+        self._plan = plan
+        self._batches = _MicroBatches(
+            plan, encode, collate, rank, world, packs_per_step, packs_per_microbatch, max(workers, 1), skip_bad
+        )
         self.microbatches = self._batches.per_step
         """Micro-batches of every rank in every step."""
+        self.skipped: list[Skipped] = []
+        """What was left out of this rank's micro-batches of the step that `step` gave last."""
         self._workers, self._pin_memory, self._start_method = workers, pin_memory, start_method
         self._prefetch: _Prefetch | None = None
 
     def step(self, number: int) -> list[Batch]:
         """This rank's micro-batches of a step, from 1. Any may be asked for; those that follow it are prefetched.
+        `skipped` then says what was left out of them.
 
         Raises:
             DataError: an example cannot be read or encoded, or a worker died at it; names the example.
@@ -109,14 +149,16 @@ class Loader:
         if number < 1:
             raise ConfigError(f"loader: step {number} does not exist; steps are numbered from 1")
         if self._workers:
-            batches = self._prefetched(number)
+            made = self._prefetched(number)
         else:
-            batches = [self._batches.make(number, place) for place in range(self.microbatches)]
+            made = [self._batches.make(number, place) for place in range(self.microbatches)]
+        batches = [batch for batch, _ in made]
+        self.skipped = [one for _, skipped in made for one in skipped]
         if self._pin_memory:
             return [{name: tensor.pin_memory() for name, tensor in batch.items()} for batch in batches]
         return batches
 
-    def _prefetched(self, number: int) -> list[Batch]:
+    def _prefetched(self, number: int) -> list["_Made"]:
         if self._prefetch is None or self._prefetch.next_step != number:
             self.close()
             self._prefetch = _Prefetch(self._batches, number, self._workers, self._start_method)
@@ -127,7 +169,8 @@ class Loader:
             raise
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers, and what the plan fetches in advance."""
+        self._plan.close()
         if self._prefetch is not None:
             self._prefetch.close()
             self._prefetch = None
@@ -139,8 +182,14 @@ class Loader:
         self.close()
 
 
+_Made = tuple[Batch, list[Skipped]]
+
+
 class _MicroBatches:
-    """Micro-batches of one rank by (step, place in the step); what a worker process holds."""
+    """Micro-batches of one rank by (step, place in the step); what a worker process holds.
+
+    `stride` is the number of processes that share them: each makes every `stride`-th, which tells it what comes next.
+    """
 
     def __init__(
         self,
@@ -151,38 +200,73 @@ class _MicroBatches:
         world: int,
         packs_per_step: int,
         packs_per_microbatch: int,
+        stride: int,
+        skip_bad: bool,
     ) -> None:
         self._plan, self._encode, self._collate = plan, encode, collate
+        self._stride, self._skip_bad = stride, skip_bad
+        self._announced: dict[int, list[Draw]] = {}
+        """Draws of packs that the plan was told about."""
         self._rank, self._world, self._packs_per_step = rank, world, packs_per_step
+        self._dealt: dict[int, list[int]] = {}
+        """This rank's packs of the steps asked for last."""
         most = -(-packs_per_step // world)
         self._rows = min(packs_per_microbatch, most)
         self.per_step = -(-most // self._rows)
 
     def packs(self, step: int, place: int) -> list[int | None]:
         """Pack numbers of a micro-batch; None for an empty one."""
-        first = (step - 1) * self._packs_per_step
-        mine = range(first + self._rank, first + self._packs_per_step, self._world)
-        chosen: list[int | None] = list(mine[place * self._rows : (place + 1) * self._rows])
+        chosen: list[int | None] = list(self._mine(step)[place * self._rows : (place + 1) * self._rows])
         return chosen + [None] * (self._rows - len(chosen))
 
-    def make(self, step: int, place: int, note: Callable[[int, int], None] = lambda pack, place: None) -> Batch:
-        """One micro-batch; `note` is told which example of which pack is next."""
+    def _mine(self, step: int) -> list[int]:
+        """This rank's packs of a step."""
+        if step not in self._dealt:
+            numbers = range((step - 1) * self._packs_per_step, step * self._packs_per_step)
+            dealt = assign([self._plan.cost(number) for number in numbers], self._world)
+            self._dealt[step] = [numbers[place] for place in dealt[self._rank]]
+            while len(self._dealt) > _KEPT_STEPS:
+                del self._dealt[next(iter(self._dealt))]
+        return self._dealt[step]
+
+    def make(self, step: int, place: int, note: Callable[[int, int], None] = lambda pack, place: None) -> _Made:
+        """One micro-batch, and what was left out of it; `note` is told which example of which pack is next."""
         packs = self.packs(step, place)
-        return self._collate([[] if number is None else self._load(number, note) for number in packs])
+        draws = self._announce(step, place)
+        skipped: list[Skipped] = []
+        loaded = [[] if pack is None else self._load(step, pack, draws[pack], note, skipped) for pack in packs]
+        return self._collate(loaded), skipped
+
+    def _announce(self, step: int, place: int) -> dict[int, list[Draw]]:
+        """The draws of a micro-batch; tells the plan about them and about those of this process's next one."""
+        following = divmod((step - 1) * self.per_step + place + self._stride, self.per_step)
+        now, soon = self.packs(step, place), self.packs(following[0] + 1, following[1])
+        known = self._announced
+        self._announced = {
+            pack: known[pack] if pack in known else self._plan.pack(pack) for pack in (*now, *soon) if pack is not None
+        }
+        self._plan.ahead(draw for pack, draws in self._announced.items() if pack not in known for draw in draws)
+        return self._announced
 
     def name(self, pack: int, place: int) -> str:
         """What to call an example in an error."""
         return f"{self._plan.name(self._plan.pack(pack)[place])}, pack {pack}"
 
-    def _load(self, number: int, note: Callable[[int, int], None]) -> list[Any]:
+    def _load(
+        self, step: int, number: int, draws: list[Draw], note: Callable[[int, int], None], skipped: list[Skipped]
+    ) -> list[Any]:
+        """The encoded examples of a pack; those whose data are at fault are added to `skipped` or raised."""
         encoded = []
-        for place, draw in enumerate(self._plan.pack(number)):
+        for place, draw in enumerate(draws):
             note(number, place)
             try:
                 encoded.append(self._encode(self._plan.read(draw), draw, draw.key))
             except Exception as error:
                 kind = "" if isinstance(error, MolmoError) else f"{type(error).__name__}: "
-                raise DataError(f"{self._plan.name(draw)}, pack {number}: {kind}{error}") from error
+                if not self._skip_bad or isinstance(error, _NOT_THE_DATA):
+                    raise DataError(f"{self._plan.name(draw)}, pack {number}: {kind}{error}") from error
+                reason = re.sub(r" at 0x[0-9a-f]+", "", f"{kind}{error}")  # some decoders print where in memory
+                skipped.append(Skipped(step, number, draw.dataset, self._plan.id(draw), draw.row, reason))
         return encoded
 
 
@@ -203,7 +287,7 @@ class _Prefetch:
             self.close()
             raise
 
-    def take(self) -> list[Batch]:
+    def take(self) -> list[_Made]:
         """The micro-batches of the next step."""
         taken = []
         for _ in range(self._batches.per_step):
@@ -245,18 +329,18 @@ class _Worker:
         with contextlib.suppress(OSError):  # a dead one: `receive` says so, and at what it died
             self._connection.send((step, place))
 
-    def receive(self) -> Batch:
+    def receive(self) -> _Made:
         """The next micro-batch of those asked for."""
         wait([self._connection, self._process.sentinel])
         try:
             if not self._connection.poll():
                 raise EOFError
-            batch, error = self._connection.recv()
+            made, error = self._connection.recv()
         except (EOFError, OSError) as lost:
             raise DataError(self._obituary()) from lost
         if error is not None:
             raise DataError(error)
-        return batch
+        return made
 
     def close(self) -> None:
         self._process.terminate()
@@ -293,7 +377,7 @@ def _serve(batches: _MicroBatches, connection: Any, at: Any, parent: int) -> Non
                     return
             try:
                 step, place = connection.recv()
-                answer: tuple[Batch | None, str | None] = (batches.make(step, place, note), None)
+                answer: tuple[_Made | None, str | None] = (batches.make(step, place, note), None)
             except DataError as error:
                 answer = (None, str(error))
             except Exception:

@@ -3,36 +3,56 @@
 `resolve` joins the params of a run with its datasets' shards and the costs that the preprocessor states; `Mixture` is
 the result, as the mixture stage writes it and training reads it:
 
-- `mixture.json`: the entries with rates and sizes, the digests of the shards, the packing, the leaks that were allowed;
-- `costs.parquet`: per entry and example its row, a key from its id, tokens and crops of the shared prefix, and the
+- `mixture.json`: the tree of groups and entries with rates, sizes, expected examples and epochs, the digests of the
+  shards, the packing, the leaks that were allowed;
+- `costs.arrow`: per entry and example its row, a key from its id, tokens and crops of the shared prefix, and the
   tokens of each conversation that the entry keeps;
-- `schedule.parquet`: the entry of each position of one period (see `order`);
-- `packs.parquet`: the number of packs of each window of the run (see `packing`).
+- `schedule.parquet`: the entry of each position of one period, or what a sampled schedule has counted (see `order`);
+- `packs.parquet` and `packs.arrow`: the number of packs of each window of the run, and the pack of each position in
+  its window (see `packing`).
+
+The two `.arrow` files (Arrow IPC, uncompressed) are mapped, not read: with 80 datasets and millions of examples a
+training still finds its place within milliseconds.
 
 What a rate means: entries are drawn in the ratio of their rates, counted in examples. With rates 3 and 1, of any 400
 consecutive positions from the start 300 come from the first entry, whatever the datasets' sizes; a small one is gone
-through more often. The key of an entry's order is its name: renaming an entry reorders it, adding another one does not.
+through more often. `rates` has the groups. The key of an entry's order is its name: renaming an entry reorders it,
+adding another one does not, nor does moving it between groups.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from molmo_model.artifacts import write_text_atomic
-from molmo_model.config import MixtureEntry
+from molmo_model.config import MixtureEntry, MixtureSchedule, mixture_sources
 from molmo_model.data.example import Example
-from molmo_model.data.order import Ints, Keys, Order, Schedule, Source, Window, key_of, resolve_shares, subkey
+from molmo_model.data.order import (
+    Ints,
+    Keys,
+    Order,
+    SampledSchedule,
+    Schedule,
+    Source,
+    Window,
+    key_of,
+    resolve_shares,
+    subkey,
+)
+from molmo_model.data.packing import NOTHING_KNOWN, Known
+from molmo_model.data.rates import resolve_rates, tree
 from molmo_model.data.shard_reader import ShardReader, numbers, read_columns
 from molmo_model.errors import ArtifactError, ConfigError, DataError
 
 SCHEMA = "molmo/mixture"
-VERSION = 1
+VERSION = 2
 _NO_LIMIT = 2**62
 
 
@@ -67,11 +87,36 @@ class Entry:
     crops: Ints
     """[N] image crops."""
     starts: Ints
-    """[N + 1] where each example's conversations begin in the two arrays below."""
+    """[N + 1] where each example's conversations begin in the two arrays below, counted from the first of these."""
     conversations: Ints
     """[M] numbers of the conversations that the entry keeps."""
     conversation_tokens: Ints
     """[M] tokens of each."""
+    groups: tuple[str, ...] = ()
+    """Names of the groups that it stands in, from the outermost."""
+    size: float = 0
+    """What the root-size rule takes for its size."""
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """The arrays of all entries, one entry after the other; those of a file are mapped."""
+
+    rows: Ints
+    keys: Keys
+    tokens: NDArray[Any]
+    crops: NDArray[Any]
+    starts: NDArray[Any]
+    """[N + 1] where each example's conversations begin."""
+    conversations: NDArray[Any]
+    conversation_tokens: NDArray[Any]
+
+    @classmethod
+    def of(cls, entries: "Sequence[Entry]") -> "_Costs":
+        names = ("rows", "keys", "tokens", "crops", "conversations", "conversation_tokens")
+        joined = {name: np.concatenate([getattr(entry, name) for entry in entries]) for name in names}
+        counts = np.concatenate([np.diff(entry.starts) for entry in entries])
+        return cls(**joined, starts=np.cumsum(np.concatenate([[0], counts])).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -90,6 +135,8 @@ class Draw:
     tokens: int
     """Cost, an upper bound."""
     crops: int
+    weight: float = 1.0
+    """Factor on the loss of these conversations: that of the entry."""
 
 
 class Mixture:
@@ -100,34 +147,27 @@ class Mixture:
         entries: sorted by name, so that their order in a file does not matter.
         schedule: made of the entries' shares.
         info: the rest of `mixture.json`.
-        pack_counts: packs of each window, for the packing that `info` describes.
+        planned: packs of each window, for the packing that `info` describes.
+        costs: the entries' arrays, joined, where they are at hand.
     """
 
     def __init__(
         self,
         seed: int,
         entries: Sequence[Entry],
-        schedule: Schedule,
+        schedule: Schedule | SampledSchedule,
         info: Mapping[str, Any] | None = None,
-        pack_counts: Ints | None = None,
+        planned: Known = NOTHING_KNOWN,
+        costs: _Costs | None = None,
     ) -> None:
-        self.seed, self.entries, self.info = seed, list(entries), dict(info or {})
-        self.pack_counts: Ints = np.zeros(0, np.int64) if pack_counts is None else pack_counts
+        self.seed, self.entries, self.info, self.planned = seed, list(entries), dict(info or {}), planned
+        self._costs = costs or _Costs.of(self.entries)
         sources = [Source(entry.name, entry.config.dataset, entry.rows, entry.keys) for entry in self.entries]
-        self.order = Order(seed, sources, schedule)
+        self.order = Order(seed, sources, schedule, self._costs.keys)
         limits = [entry.config.max_conversations for entry in self.entries]
         self._limits: Ints = np.array([_NO_LIMIT if limit is None else limit for limit in limits], np.int64)
         sizes = [len(entry.rows) for entry in self.entries]
         self._bases: Ints = np.cumsum([0, *sizes])[:-1].astype(np.int64)
-        self._rows, self._tokens, self._crops = (
-            np.concatenate([getattr(entry, name) for entry in self.entries]) for name in ("rows", "tokens", "crops")
-        )
-        self._conversations = np.concatenate([entry.conversations for entry in self.entries])
-        self._conversation_tokens = np.concatenate([entry.conversation_tokens for entry in self.entries])
-        self._n_conversations = np.concatenate([np.diff(entry.starts) for entry in self.entries])
-        self._starts: Ints = np.cumsum(np.concatenate([[0], self._n_conversations]))[:-1].astype(np.int64)
-        sums = np.concatenate([[0], np.cumsum(self._conversation_tokens)])
-        self._all_tokens = self._tokens + sums[self._starts + self._n_conversations] - sums[self._starts]
 
     @classmethod
     def load(cls, path: str | Path) -> "Mixture":
@@ -141,48 +181,78 @@ class Mixture:
             info = json.loads((path / "mixture.json").read_text(encoding="utf-8"))
             if info.get("version") != VERSION:
                 raise ArtifactError(f"{path}/mixture.json: version {info.get('version')}, this code reads {VERSION}")
-            names = ["entry", "row", "key", "tokens", "crops", "conversations", "conversation_tokens"]
-            costs = read_columns(path / "costs.parquet", names)
-            table = numbers(read_columns(path / "schedule.parquet")["entry"])
+            costs, names = map_table(path / "costs.arrow"), [raw["name"] for raw in info["entries"]]
+            shares = [raw["share"] for raw in info["entries"]]
+            known = numbers(read_columns(path / "schedule.parquet")["entry"])
             counts = numbers(read_columns(path / "packs.parquet")["packs"]).astype(np.int64)
-        except (OSError, ValueError, pa.ArrowException) as error:
+            packs = numbers(map_table(path / "packs.arrow")["pack"])
+            joined = _joined(costs)
+            edges = np.cumsum([0, *(raw["examples"] for raw in info["entries"])])
+            if edges[-1] != len(joined.rows):
+                raise ArtifactError(f"{path}/costs.arrow has {len(joined.rows)} examples, mixture.json {edges[-1]}")
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             raise ArtifactError(f"{path} is no readable mixture ({error}); run the mixture stage") from error
-        entries = [_entry_of(costs, number, raw) for number, raw in enumerate(info["entries"])]
-        return cls(info["seed"], entries, Schedule([entry.share for entry in entries], table), info, counts)
+        entries = [_entry_of(joined, raw, *edges[i : i + 2]) for i, raw in enumerate(info["entries"])]
+        kind = MixtureSchedule(info["schedule"])
+        schedule = _schedule(kind, info["seed"], dict(zip(names, shares, strict=True)), known)
+        return cls(info["seed"], entries, schedule, info, Known(counts, packs), joined)
 
     def save(self, path: str | Path, names: Mapping[str, Sequence[str]]) -> None:
-        """Writes the four files; equal mixtures give equal bytes.
+        """Writes the files; equal mixtures give equal bytes.
 
         Args:
             path: folder.
-            names: example ids by dataset and row, for people who read `costs.parquet`.
+            names: example ids by dataset and row, for people who read `costs.arrow`.
         """
         path = Path(path)
-        costs = pa.concat_tables([_cost_table(number, e, names) for number, e in enumerate(self.entries)])
-        pq.write_table(costs, path / "costs.parquet", compression="zstd")
-        pq.write_table(pa.table({"entry": self.order.schedule.table}), path / "schedule.parquet", compression="zstd")
-        pq.write_table(
-            pa.table({"packs": self.pack_counts.astype(np.int32)}), path / "packs.parquet", compression="zstd"
-        )
-        document = {**self.info, "version": VERSION, "seed": self.seed, "period": self.order.schedule.period}
+        _write(pa.concat_tables([_cost_table(i, e, names) for i, e in enumerate(self.entries)]), path / "costs.arrow")
+        examples = self.info.get("packing", {}).get("examples", 0)
+        schedule = self.order.schedule
+        known = schedule.table if isinstance(schedule, Schedule) else schedule.known(examples).ravel()
+        pq.write_table(pa.table({"entry": known}), path / "schedule.parquet", compression="zstd")
+        counts = np.asarray(self.planned.counts, np.int32)
+        pq.write_table(pa.table({"packs": counts}), path / "packs.parquet", compression="zstd")
+        packs = np.zeros(0, np.uint16) if self.planned.packs is None else self.planned.packs
+        _write(pa.table({"pack": packs}), path / "packs.arrow")
+        document = {**self.info, "version": VERSION, "seed": self.seed, "period": schedule.period}
+        document["schedule"] = "sampled" if isinstance(schedule, SampledSchedule) else "stratified"
         document["entries"] = [self._describe(entry) for entry in self.entries]
+        document["mixture"] = self.tree()
         text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
         write_text_atomic(path / "mixture.json", text + "\n")
+
+    def tree(self) -> dict[str, Any]:
+        """Groups and entries as resolved: rate, size, and of each entry the examples that the planned run is expected
+        to draw, those that it draws, and how often it goes through its data."""
+        examples = self.info.get("packing", {}).get("examples", 0)
+        drawn = self.order.schedule.counts(examples).tolist()
+        shown: dict[str, Any] = {}
+        for entry, count in zip(self.entries, drawn, strict=True):
+            rate = entry.share / self.order.schedule.period
+            shown[entry.name] = {
+                "rate": round(rate, 9),
+                "size": round(entry.size, 3),
+                "examples": len(entry.rows),
+                "expected_examples": round(rate * examples, 3),
+                "drawn_examples": count,
+                "epochs": round(count / len(entry.rows), 4),
+            }
+        return tree(self.info.get("groups", {}), {entry.name: entry.groups for entry in self.entries}, shown)
 
     def costs_at(self, start: int, count: int) -> tuple[Ints, Ints]:
         """Tokens and crops of `count` positions from `start`."""
         window = self.order.window(start, count)
         examples = self._bases[window.entries] + window.examples
-        return self._tokens_of(window, examples), self._crops[examples]
+        return self._tokens_of(window, examples), self._costs.crops[examples].astype(np.int64)
 
     def draws(self, positions: Sequence[int]) -> list[Draw]:
         """What stands at these positions."""
         window = self.order.at(positions)
         examples = self._bases[window.entries] + window.examples
-        tokens = self._tokens_of(window, examples)
+        tokens, crops = self._tokens_of(window, examples), self._costs.crops[examples]
         owner, flat = self._choose(window, examples)
         chosen: list[list[int]] = [[] for _ in positions]
-        for i, conversation in zip(owner.tolist(), self._conversations[flat].tolist(), strict=True):
+        for i, conversation in zip(owner.tolist(), self._costs.conversations[flat].tolist(), strict=True):
             chosen[i].append(conversation)
         entries = [self.entries[number] for number in window.entries]
         return [
@@ -190,44 +260,54 @@ class Mixture:
                 position=position,
                 entry=entries[i].name,
                 dataset=entries[i].config.dataset,
-                row=int(self._rows[examples[i]]),
+                row=int(self._costs.rows[examples[i]]),
                 epoch=int(window.epochs[i]),
                 conversations=tuple(chosen[i]),
                 key=int(window.draws[i]),
                 tokens=int(tokens[i]),
-                crops=int(self._crops[examples[i]]),
+                crops=int(crops[i]),
+                weight=entries[i].config.weight,
             )
             for i, position in enumerate(positions)
         ]
 
     def _tokens_of(self, window: Window, examples: Ints) -> Ints:
-        tokens = self._all_tokens[examples]
-        over = np.flatnonzero(self._n_conversations[examples] > self._limits[window.entries])
+        owner, _, flat = self._all(examples)
+        sums = np.bincount(owner, self._costs.conversation_tokens[flat], minlength=len(examples))
+        counts = np.bincount(owner, minlength=len(examples))
+        over = np.flatnonzero(counts > self._limits[window.entries])
         if len(over):
             owner, flat = self._choose(window.take(over), examples[over])
-            drawn = np.bincount(owner, self._conversation_tokens[flat], minlength=len(over)).astype(np.int64)
-            tokens[over] = self._tokens[examples[over]] + drawn
-        return tokens
+            sums[over] = np.bincount(owner, self._costs.conversation_tokens[flat], minlength=len(over))
+        return self._costs.tokens[examples] + sums.astype(np.int64)
+
+    def _all(self, examples: Ints) -> tuple[Ints, Ints, Ints]:
+        """All conversations of the examples: whose each is, the how manieth of its own, and its place in `_costs`."""
+        starts = self._costs.starts[examples].astype(np.int64)
+        counts = self._costs.starts[examples + 1] - starts
+        owner = np.repeat(np.arange(len(examples)), counts)
+        inner = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return owner, inner, np.repeat(starts, counts) + inner
 
     def _choose(self, window: Window, examples: Ints) -> tuple[Ints, Ints]:
         """The conversations that each position draws: its number in the window, and the conversation's place in
-        `_conversations`. They are those with the smallest scores, in the order of their scores."""
-        counts = self._n_conversations[examples]
-        owner = np.repeat(np.arange(len(examples)), counts)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        inner = np.arange(len(owner)) - first
-        flat = np.repeat(self._starts[examples], counts) + inner
-        order = np.lexsort((subkey(window.draws[owner], self._conversations[flat]), owner))
+        `_costs`. They are those with the smallest scores, in the order of their scores."""
+        owner, inner, flat = self._all(examples)
+        order = np.lexsort((subkey(window.draws[owner], self._costs.conversations[flat]), owner))
         keep = inner < self._limits[window.entries][owner]  # after sorting, `inner` is the rank among one owner's
         return owner[keep], flat[order][keep]
 
     def _describe(self, entry: Entry) -> dict[str, Any]:
         return {
             "name": entry.name,
+            "group": "/".join(entry.groups),
             "dataset": entry.config.dataset,
             "styles": list(entry.config.styles),
             "max_conversations": entry.config.max_conversations,
+            "weight": entry.config.weight,
             "requested_rate": entry.config.rate,
+            "requested_size": entry.config.size,
+            "size": entry.size,
             "share": entry.share,
             "rate": entry.share / self.order.schedule.period,
             "examples": len(entry.rows),
@@ -236,7 +316,11 @@ class Mixture:
 
 
 def resolve(
-    mixture: Mapping[str, MixtureEntry], seed: int, readers: Mapping[str, ShardReader], cost_of: CostOf
+    mixture: Mapping[str, MixtureEntry],
+    seed: int,
+    readers: Mapping[str, ShardReader],
+    cost_of: CostOf,
+    schedule: MixtureSchedule = MixtureSchedule.stratified,
 ) -> Mixture:
     """The mixture of a run.
 
@@ -245,21 +329,18 @@ def resolve(
         seed: of the experiment.
         readers: shards by dataset.
         cost_of: what an example costs; gets it without its pictures' bytes (`ShardReader.facts`).
+        schedule: how positions are dealt to the entries.
 
     Raises:
-        ConfigError: an entry has a setting that is not supported or out of range.
+        ConfigError: an entry has a setting that is out of range.
         DataError: no training example of a dataset has a conversation that the entry keeps.
     """
-    for name, config in mixture.items():
-        if config.size is not None:
-            raise ConfigError(
-                f"mixture entry {name!r}: size is {config.size}, but there is no root-size rule yet; use rate"
-            )
+    sources = mixture_sources(mixture)
+    for name, config in sources.items():
         if config.max_conversations is not None and config.max_conversations < 1:
             raise ConfigError(
                 f"mixture entry {name!r}: max_conversations is {config.max_conversations}; at least 1, or null"
             )
-    shares = resolve_shares({name: config.rate for name, config in sorted(mixture.items())})
     costs: dict[tuple[str, int], ExampleCost] = {}
 
     def cost_at(dataset: str, row: int) -> ExampleCost:
@@ -267,14 +348,33 @@ def resolve(
             costs[dataset, row] = cost_of(readers[dataset].facts(row))
         return costs[dataset, row]
 
-    entries = [_resolve_entry(name, mixture[name], share, readers, cost_at) for name, share in shares.items()]
-    return Mixture(seed, entries, Schedule([entry.share for entry in entries]))
+    found = {name: _resolve_entry(name, sources[name], readers, cost_at) for name in sorted(sources)}
+    nodes = resolve_rates(mixture, {name: len(entry.rows) for name, entry in found.items()})
+    by_name = {node.name: node for group in nodes for node in group.sources()}
+    shares = resolve_shares({name: by_name[name].rate for name in found})
+    entries = [
+        replace(entry, share=shares[name], groups=by_name[name].groups, size=by_name[name].size)
+        for name, entry in found.items()
+    ]
+    info = {"groups": {group.path: group.described() for node in nodes for group in node.groups_in_it()}}
+    return Mixture(seed, entries, _schedule(schedule, seed, shares), info if info["groups"] else {})
+
+
+def _schedule(
+    kind: MixtureSchedule, seed: int, shares: Mapping[str, int], known: NDArray[Any] | None = None
+) -> Schedule | SampledSchedule:
+    """Args:
+    known: what a saved mixture keeps of its schedule.
+    """
+    if kind is MixtureSchedule.stratified:
+        return Schedule(list(shares.values()), known)
+    counted = None if known is None else known.astype(np.int64).reshape(-1, len(shares))
+    return SampledSchedule(list(shares.values()), key_of("schedule", seed), counted)
 
 
 def _resolve_entry(
     name: str,
     config: MixtureEntry,
-    share: int,
     readers: Mapping[str, ShardReader],
     cost_at: Callable[[str, int], ExampleCost],
 ) -> Entry:
@@ -303,18 +403,31 @@ def _resolve_entry(
             f"mixture entry {name!r}: no training example of dataset {config.dataset!r} has a conversation of style "
             f"{', '.join(unknown)}; it has {', '.join(sorted(seen)) or 'none'}"
         )
-    arrays = (np.array(a, np.int64) for a in (tokens, crops, starts, conversations, conversation_tokens))
-    return Entry(name, config, share, np.array(rows, np.int64), np.array(keys, np.uint64), *arrays)
+    return Entry(
+        name=name,
+        config=config,
+        share=0,
+        rows=np.array(rows, np.int64),
+        keys=np.array(keys, np.uint64),
+        tokens=np.array(tokens, np.int64),
+        crops=np.array(crops, np.int64),
+        starts=np.array(starts, np.int64),
+        conversations=np.array(conversations, np.int64),
+        conversation_tokens=np.array(conversation_tokens, np.int64),
+    )
 
 
 def _cost_table(number: int, entry: Entry, names: Mapping[str, Sequence[str]]) -> pa.Table:
     ids = names[entry.config.dataset]
-    starts = pa.array(entry.starts, pa.int32())
-    lists = [pa.ListArray.from_arrays(starts, pa.array(values, pa.int32())) for values in _lists(entry)]
+    starts = pa.array(entry.starts - entry.starts[0], pa.int32())
+    lists = [
+        pa.ListArray.from_arrays(starts, pa.array(values, pa.int32()))
+        for values in (entry.conversations, entry.conversation_tokens)
+    ]
     return pa.table(
         {
             "entry": np.full(len(entry.rows), number, np.int16),
-            "id": pa.array([ids[row] for row in entry.rows], pa.string()),
+            "id": pa.array([ids[row] for row in entry.rows], pa.large_string()),
             "row": entry.rows,
             "key": entry.keys,
             "tokens": entry.tokens.astype(np.int32),
@@ -325,29 +438,53 @@ def _cost_table(number: int, entry: Entry, names: Mapping[str, Sequence[str]]) -
     )
 
 
-def _lists(entry: Entry) -> tuple[Ints, Ints]:
-    return entry.conversations, entry.conversation_tokens
+def _write(table: pa.Table, path: Path) -> None:
+    """As one uncompressed batch, which can be mapped."""
+    table = table.combine_chunks()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=max(table.num_rows, 1))
 
 
-def _entry_of(costs: pa.Table, number: int, raw: Mapping[str, Any]) -> Entry:
-    first, last = np.searchsorted(numbers(costs["entry"]), [number, number + 1])
-    rows = costs.slice(first, last - first)
-    fields = ("dataset", "styles", "max_conversations")
-    config = MixtureEntry(rate=raw["requested_rate"], **{name: raw[name] for name in fields})
-    conversations, tokens = (rows[name].combine_chunks() for name in ("conversations", "conversation_tokens"))
-    starts = numbers(conversations.offsets).astype(np.int64)
+def map_table(path: Path) -> pa.Table:
+    """An `.arrow` file of a mixture: mapped, so that nothing is read before it is used."""
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _joined(costs: pa.Table) -> _Costs:
+    conversations, tokens = (costs[name].chunk(0) for name in ("conversations", "conversation_tokens"))
+    return _Costs(
+        rows=numbers(costs["row"]),
+        keys=numbers(costs["key"]),
+        tokens=numbers(costs["tokens"]),
+        crops=numbers(costs["crops"]),
+        starts=numbers(conversations.offsets),
+        # not `flatten`, which imports all of arrow's compute functions
+        conversations=numbers(conversations.values),
+        conversation_tokens=numbers(tokens.values),
+    )
+
+
+def _entry_of(costs: _Costs, raw: Mapping[str, Any], first: int, last: int) -> Entry:
+    fields = ("dataset", "styles", "max_conversations", "weight")
+    config = MixtureEntry(
+        rate=raw["requested_rate"], size=raw["requested_size"], **{name: raw[name] for name in fields}
+    )
+    starts = costs.starts[first : last + 1]
+    kept = slice(starts[0], starts[-1])
     return Entry(
         name=raw["name"],
         config=config,
         share=raw["share"],
-        rows=numbers(rows["row"]),
-        keys=numbers(rows["key"]),
-        tokens=numbers(rows["tokens"]).astype(np.int64),
-        crops=numbers(rows["crops"]).astype(np.int64),
-        starts=starts - starts[0],
-        # not `flatten`, which imports all of arrow's compute functions
-        conversations=numbers(conversations.values)[starts[0] : starts[-1]].astype(np.int64),
-        conversation_tokens=numbers(tokens.values)[starts[0] : starts[-1]].astype(np.int64),
+        rows=costs.rows[first:last],
+        keys=costs.keys[first:last],
+        tokens=costs.tokens[first:last],
+        crops=costs.crops[first:last],
+        starts=starts,
+        conversations=costs.conversations[kept],
+        conversation_tokens=costs.conversation_tokens[kept],
+        groups=tuple(filter(None, raw["group"].split("/"))),
+        size=raw["size"],
     )
 
 
@@ -382,12 +519,29 @@ def image_leaks(
     ]
 
 
+Files = tuple[str, str, list[str]]
+"""Dataset, example id, and the SHA-256 of its pictures and films."""
+
+
+def two_sides(mixture: Mixture, readers: Mapping[str, ShardReader]) -> tuple[list[Files], list[Files]]:
+    """The examples that the mixture draws, and the evaluation examples of all datasets, with their files."""
+    trained = {(entry.config.dataset, row) for entry in mixture.entries for row in entry.rows.tolist()}
+    held_out = {(name, row) for name, reader in readers.items() for row in reader.rows("eval")}
+    columns = {name: (reader.index["id"].to_pylist(), reader.files()) for name, reader in readers.items()}
+    sides = (
+        [(name, columns[name][0][row], columns[name][1][row]) for name, row in sorted(rows)]
+        for rows in (trained, held_out)
+    )
+    train, evaluation = sides
+    return train, evaluation
+
+
 def check_leaks(mixture: Mixture, readers: Mapping[str, ShardReader], allowed: Iterable[str] = ()) -> list[Leak]:
     """Evaluation pictures among the examples that the mixture draws.
 
     Args:
         mixture: what is trained on.
-        readers: shards by dataset; the evaluation rows of all of them count.
+        readers: shards by dataset, those that tasks ask among them; the evaluation rows of all of them count.
         allowed: ids of training examples whose leak is accepted and only noted.
 
     Returns:
@@ -396,19 +550,13 @@ def check_leaks(mixture: Mixture, readers: Mapping[str, ShardReader], allowed: I
     Raises:
         DataError: there are others; names the first of them.
     """
-    trained = {(entry.config.dataset, row) for entry in mixture.entries for row in entry.rows.tolist()}
-    held_out = {(name, row) for name, reader in readers.items() for row in reader.rows("eval")}
-
-    def images(rows: set[tuple[str, int]]) -> Iterable[tuple[str, str, list[str]]]:
-        columns = {name: (r.index["id"].to_pylist(), r.files()) for name, r in readers.items()}
-        return ((name, columns[name][0][row], columns[name][1][row]) for name, row in sorted(rows))
-
-    leaks = image_leaks(images(trained), images(held_out))
+    leaks = image_leaks(*two_sides(mixture, readers))
     refused = [leak for leak in leaks if leak.train[1] not in set(allowed)]
     if refused:
         lines = [f"train {leak.train} = eval {leak.eval}" for leak in refused[:10]]
         raise DataError(
             f"{len(refused)} training examples show an evaluation picture, so scores would count memory: "
-            f"{'; '.join(lines)}{'; ...' if len(refused) > 10 else ''}; take them out of one of the two splits"
+            f"{'; '.join(lines)}{'; ...' if len(refused) > 10 else ''}; take them out of one of the two splits, or "
+            "accept them by id in runs.<run>.allow_leaks"
         )
     return leaks

@@ -5,7 +5,7 @@ agree without talking. Two parts:
 
 - `Schedule` says which entry of the mixture position n draws from, and how often that entry was drawn before: one
   period of a fixed, perfectly stratified sequence, repeated. No prefix has more than one example too many or too few of
-  any entry.
+  any entry. `SampledSchedule` throws a weighted die for each position instead, which nothing repeats.
 - `permute` says which example the k-th draw of an entry is: epoch k // N visits all N examples in an order of its own,
   a keyed bijection that is computed, never stored (a Feistel network, walked until it lands inside [0, N)).
 
@@ -29,6 +29,8 @@ from molmo_model.errors import ConfigError, DataError
 
 Keys = NDArray[np.uint64]
 Ints = NDArray[np.int64]
+Entries = NDArray[np.int16]
+"""Numbers of entries of a mixture."""
 
 ROUNDS = 8
 """Rounds of the Feistel network; four already pass for random (Luby and Rackoff 1988), small halves want more."""
@@ -93,7 +95,18 @@ def _feistel(x: Keys, bits: Keys, keys: Keys) -> Keys:
     return (left << low) | right
 
 
-def resolve_shares(rates: Mapping[str, float]) -> dict[str, int]:
+def exact_rate(name: str, rate: float) -> Fraction:
+    """A rate as it is written in decimal.
+
+    Raises:
+        ConfigError: it is not a finite number above 0.
+    """
+    if not (math.isfinite(rate) and rate > 0):
+        raise ConfigError(f"rate of {name!r} is {rate}; it must be a finite number above 0")
+    return Fraction(repr(float(rate)))
+
+
+def resolve_shares(rates: Mapping[str, float | Fraction]) -> dict[str, int]:
     """Positions per period that each name gets: whole numbers in the ratio of the rates, as written in decimal.
 
     The period, their sum, is the least common denominator, so the rates hold exactly; where that exceeds `MAX_PERIOD`
@@ -102,12 +115,9 @@ def resolve_shares(rates: Mapping[str, float]) -> dict[str, int]:
     Raises:
         ConfigError: there is no rate, or one that is not a finite number above 0.
     """
-    for name, rate in rates.items():
-        if not (math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"rate of {name!r} is {rate}; it must be a finite number above 0")
+    exact = {n: rate if isinstance(rate, Fraction) else exact_rate(n, rate) for n, rate in rates.items()}
     if not 0 < len(rates) <= MAX_PERIOD // 64:
         raise ConfigError(f"{len(rates)} rates; a mixture has between 1 and {MAX_PERIOD // 64} entries")
-    exact = {name: Fraction(repr(float(rate))) for name, rate in rates.items()}
     total = sum(exact.values())
     exact = {name: rate / total for name, rate in exact.items()}
     period = math.lcm(*(rate.denominator for rate in exact.values()))
@@ -137,18 +147,20 @@ class Schedule:
         table: entry of each position of a period, when it is already known.
     """
 
-    def __init__(self, shares: Sequence[int], table: NDArray[np.int16] | None = None) -> None:
+    def __init__(self, shares: Sequence[int], table: Entries | None = None) -> None:
         self.shares: Ints = np.asarray(shares, np.int64)
         if not len(self.shares) or self.shares.min() < 1:
             raise ConfigError(f"shares {list(shares)}: every entry needs at least one position")
         self.period = int(self.shares.sum())
         self.table = _earliest_deadline_first(self.shares.tolist()) if table is None else np.asarray(table, np.int16)
-        chunks = -(-self.period // _CHUNK)
-        flat = np.arange(self.period) // _CHUNK * len(self.shares) + self.table
-        counts = np.bincount(flat, minlength=chunks * len(self.shares)).reshape(chunks, -1)
-        if len(self.table) != self.period or (counts.sum(0) != self.shares).any():
-            raise DataError(f"schedule has {counts.sum(0).tolist()} positions by entry, the shares are {list(shares)}")
-        self._before = np.vstack([np.zeros((1, len(self.shares)), np.int64), counts.cumsum(0)])
+        self._before = _running(self.table, len(self.shares))
+        drawn = self._before[-1].tolist()
+        if len(self.table) != self.period or drawn != self.shares.tolist():
+            raise DataError(f"schedule has {drawn} positions by entry, the shares are {list(shares)}")
+
+    def entries(self, positions: Ints) -> Entries:
+        """Entry of each position."""
+        return self.table[positions % self.period]
 
     def counts(self, n: int) -> Ints:
         """How often each entry is drawn in the first n positions."""
@@ -157,18 +169,80 @@ class Schedule:
         tail = np.bincount(self.table[chunk * _CHUNK : rest], minlength=len(self.shares))
         return periods * self.shares + self._before[chunk] + tail
 
-    def window(self, start: int, count: int) -> tuple[NDArray[np.int16], Ints]:
-        """Entry, and number of its earlier draws, of each of `count` positions from `start`."""
-        entries = self.table[(start + np.arange(count)) % self.period]
-        order = np.argsort(entries, kind="stable")
-        ordered = entries[order]
-        first = np.flatnonzero(np.diff(ordered, prepend=-1))
-        rank = np.empty(count, np.int64)
-        rank[order] = np.arange(count) - np.repeat(first, np.diff(first, append=count))
-        return entries, self.counts(start)[entries] + rank
+
+class SampledSchedule:
+    """As `Schedule`, but which entry a position draws from is thrown for each position by itself, from a number that
+    follows from the key and the position. Nothing repeats: not the sequence of entries, nor, within one entry, an
+    example before all its others were drawn.
+
+    How often an entry was drawn before is counted: once for the whole run, at every 4,096th position (`known`, which
+    the mixture keeps), and from there to the position. Beyond what is known it is counted when it is asked for.
+
+    Args:
+        shares: rates of the entries, as whole numbers.
+        key: of the dice.
+        known: [C, entries] draws of each entry before every 4,096th position, where they were counted before.
+    """
+
+    def __init__(self, shares: Sequence[int], key: int, known: Ints | None = None) -> None:
+        self.shares: Ints = np.asarray(shares, np.int64)
+        if not len(self.shares) or self.shares.min() < 1:
+            raise ConfigError(f"shares {list(shares)}: every entry needs at least one position")
+        self.period = int(self.shares.sum())
+        """Sum of the shares; nothing repeats after it."""
+        if self.period >= 2**32:
+            raise ConfigError(f"shares sum to {self.period}; a sampled schedule takes less than {2**32}")
+        self._key = np.array([key], np.uint64)
+        self._ends = np.cumsum(self.shares)
+        self._before: list[Ints] = [np.zeros(len(self.shares), np.int64)] if known is None else list(known)
+        due = np.arange(len(self._before)) * _CHUNK
+        if any(row.shape != self.shares.shape for row in self._before) or [int(r.sum()) for r in self._before] != (
+            due.tolist()
+        ):
+            raise DataError(f"counts of a sampled schedule are not those of {len(self.shares)} entries")
+
+    def entries(self, positions: Ints) -> Entries:
+        """Entry of each position."""
+        dice = subkey(self._key, positions) >> np.uint64(32)
+        places = (dice * np.uint64(self.period)) >> np.uint64(32)
+        return np.searchsorted(self._ends, places.astype(np.int64), side="right").astype(np.int16)
+
+    def counts(self, n: int) -> Ints:
+        """How often each entry is drawn in the first n positions."""
+        chunk, rest = divmod(n, _CHUNK)
+        while len(self._before) <= chunk:
+            self._before.append(self._before[-1] + self._drawn(len(self._before) - 1, _CHUNK))
+        return self._before[chunk] + self._drawn(chunk, rest)
+
+    def known(self, n: int) -> Ints:
+        """What spares counting again up to position n."""
+        self.counts(n)
+        return np.stack(self._before[: n // _CHUNK + 1])
+
+    def _drawn(self, chunk: int, count: int) -> Ints:
+        entries = self.entries(chunk * _CHUNK + np.arange(count))
+        return np.bincount(entries, minlength=len(self.shares))
 
 
-def _earliest_deadline_first(shares: list[int]) -> NDArray[np.int16]:
+def _running(table: Entries, entries: int) -> Ints:
+    """Draws of each entry before every `_CHUNK`-th position of a table, and in all of it."""
+    starts = range(0, len(table), _CHUNK)
+    counts = [np.bincount(table[start : start + _CHUNK], minlength=entries) for start in starts]
+    return np.cumsum([np.zeros(entries, np.int64), *counts], axis=0)
+
+
+def dealt(schedule: Schedule | SampledSchedule, start: int, count: int) -> tuple[Entries, Ints]:
+    """Entry, and number of its earlier draws, of each of `count` positions from `start`."""
+    entries = schedule.entries(start + np.arange(count))
+    order = np.argsort(entries, kind="stable")
+    ordered = entries[order]
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
+    rank = np.empty(count, np.int64)
+    rank[order] = np.arange(count) - np.repeat(first, np.diff(first, append=count))
+    return entries, schedule.counts(start)[entries] + rank
+
+
+def _earliest_deadline_first(shares: list[int]) -> Entries:
     period = sum(shares)
     table = np.empty(period, np.int16)
     # (release, deadline, entry, draw) of waiting draws; (deadline, entry, draw) of those that may be taken
@@ -216,7 +290,7 @@ class Position:
 class Window:
     """Several positions as arrays of one length."""
 
-    entries: NDArray[np.int16]
+    entries: Entries
     examples: Ints
     """Number of the example within its entry."""
     epochs: Ints
@@ -235,12 +309,15 @@ class Order:
         seed: of the experiment.
         sources: the entries, in the schedule's order.
         schedule: which entry each position draws from.
+        keys: the sources' keys one after another, where they are at hand.
 
     Raises:
         DataError: an entry has no example.
     """
 
-    def __init__(self, seed: int, sources: Sequence[Source], schedule: Schedule) -> None:
+    def __init__(
+        self, seed: int, sources: Sequence[Source], schedule: Schedule | SampledSchedule, keys: Keys | None = None
+    ) -> None:
         for source in sources:
             if not len(source.rows):
                 raise DataError(f"mixture entry {source.name!r}: dataset {source.dataset!r} has no example for it")
@@ -249,21 +326,21 @@ class Order:
         self.sources, self.schedule = list(sources), schedule
         self._sizes: Ints = np.array([len(source.rows) for source in sources], np.int64)
         self._bases: Ints = np.concatenate([[0], np.cumsum(self._sizes)])[:-1].astype(np.int64)
-        self._example_keys: Keys = np.concatenate([source.keys for source in sources])
+        self._example_keys: Keys = np.concatenate([source.keys for source in sources]) if keys is None else keys
         self._order_keys: Keys = np.array([key_of("order", seed, source.name) for source in sources], np.uint64)
         self._draw_keys: Keys = np.array([key_of("draw", seed, source.name) for source in sources], np.uint64)
 
     def window(self, start: int, count: int) -> Window:
         """Positions `start` to `start + count` (exclusive)."""
-        return self._window(*self.schedule.window(start, count))
+        return self._window(*dealt(self.schedule, start, count))
 
     def at(self, positions: Sequence[int]) -> Window:
         """Any positions."""
-        entries = self.schedule.table[np.asarray(positions, np.int64) % self.schedule.period]
+        entries = self.schedule.entries(np.asarray(positions, np.int64))
         draws = [self.schedule.counts(n)[entry] for n, entry in zip(positions, entries, strict=True)]
         return self._window(entries, np.array(draws, np.int64))
 
-    def _window(self, entries: NDArray[np.int16], draws: Ints) -> Window:
+    def _window(self, entries: Entries, draws: Ints) -> Window:
         sizes = self._sizes[entries]
         epochs = draws // sizes
         examples = permute(draws % sizes, sizes, subkey(self._order_keys[entries], epochs))

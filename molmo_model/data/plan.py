@@ -1,18 +1,23 @@
 """The plan of a run's data: mixture, packs and shards joined. What training reads its examples from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from molmo_model.config import TrainConfig
+from molmo_model.config import PackingMethod, TrainConfig
 from molmo_model.data.example import Example
 from molmo_model.data.mixture import Draw, Mixture
-from molmo_model.data.packing import Capacity, Packing
+from molmo_model.data.order import Ints
+from molmo_model.data.packing import NOTHING_KNOWN, Capacity, Known, Packing
 from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from molmo_model.data.range_cache import RangeCache
 
 
 @dataclass(frozen=True)
@@ -24,25 +29,32 @@ class Plan:
     readers: Mapping[str, ShardReader]
 
     @classmethod
-    def load(cls, mixture: str | Path, shards: Mapping[str, str | Path], train: TrainConfig) -> "Plan":
+    def load(
+        cls,
+        mixture: str | Path,
+        shards: Mapping[str, str | Path],
+        train: TrainConfig,
+        cache: "RangeCache | None" = None,
+    ) -> "Plan":
         """The plan of a run.
 
         Args:
             mixture: folder of the mixture artefact.
-            shards: folder of the shards artefact by dataset.
+            shards: folder or URL of the shards artefact by dataset.
             train: capacities of a pack and the packing window.
+            cache: keeps what comes from a bucket on a local disk.
 
         Raises:
             ArtifactError: a folder is unfinished, or the shards are not those that the mixture was made from.
         """
         made = Mixture.load(mixture)
-        readers = {name: ShardReader(path) for name, path in shards.items()}
+        readers = {name: ShardReader(path, cache) for name, path in shards.items()}
         for name, digest in made.info.get("shards", {}).items():
             if name not in readers:
                 raise ArtifactError(f"{mixture} needs the shards of dataset {name!r}; given are {sorted(readers)}")
             if readers[name].digest != digest:
                 raise ArtifactError(
-                    f"{mixture} was made from shards {digest} of dataset {name!r}, {readers[name].path} holds "
+                    f"{mixture} was made from shards {digest} of dataset {name!r}, {readers[name].place} holds "
                     f"{readers[name].digest}; run the mixture stage again"
                 )
         return cls.of(made, readers, train)
@@ -53,36 +65,66 @@ class Plan:
         capacity = Capacity(train.sequence_length, train.crops_per_pack)
         planned = mixture.info.get("packing", {})
         same = all(planned.get(name) == value for name, value in packing_of(train).items())
-        counts = mixture.pack_counts if same else ()
-        name_at = partial(_name_at, mixture, readers)
-        return cls(mixture, Packing(mixture.costs_at, capacity, train.packing_window, counts, name_at), readers)
+        packing = Packing(
+            mixture.costs_at,
+            capacity,
+            train.packing_window,
+            mixture.planned if same else NOTHING_KNOWN,
+            partial(_name_at, mixture, readers),
+            train.packing,
+            train.packs_per_step,
+        )
+        return cls(mixture, packing, readers)
 
     def pack(self, number: int) -> list[Draw]:
         """The draws of a pack."""
         return self.mixture.draws(self.packing.pack(number))
 
+    def cost(self, number: int) -> float:
+        """What a pack costs to compute; ranks are levelled by it."""
+        return self.packing.cost(number)
+
     def read(self, draw: Draw) -> Example:
         """The example of a draw, verified."""
         return self.readers[draw.dataset].read(draw.row)
 
+    def ahead(self, draws: Iterable[Draw]) -> None:
+        """Says which draws will be read soon; does not wait for them."""
+        rows: dict[str, list[int]] = {}
+        for draw in draws:
+            rows.setdefault(draw.dataset, []).append(draw.row)
+        for dataset, mine in rows.items():
+            self.readers[dataset].ahead(mine)
+
+    def id(self, draw: Draw) -> str:
+        """The id of a draw's example."""
+        return self.readers[draw.dataset].id(draw.row)
+
+    def close(self) -> None:
+        """Gives up what is on its way."""
+        for reader in self.readers.values():
+            reader.close()
+
     def name(self, draw: Draw) -> str:
         """What to call a draw in an error."""
-        reader = self.readers[draw.dataset]
-        return f"example {reader.index['id'][draw.row].as_py()!r} of dataset {draw.dataset!r} (row {draw.row})"
+        return f"example {self.id(draw)!r} of dataset {draw.dataset!r} (row {draw.row})"
 
 
 def _name_at(mixture: Mixture, readers: Mapping[str, ShardReader], position: int) -> str:
     """What to call a position in an error."""
     (draw,) = mixture.draws([position])
-    return f"example {readers[draw.dataset].index['id'][draw.row].as_py()!r} of dataset {draw.dataset!r}"
+    return f"example {readers[draw.dataset].id(draw.row)!r} of dataset {draw.dataset!r}"
 
 
-def packing_of(train: TrainConfig) -> dict[str, int]:
-    """The settings that decide the packs."""
+def packing_of(train: TrainConfig) -> dict[str, int | str]:
+    """The settings that decide the packs and their order."""
+    balanced = {"packs_per_step": train.packs_per_step} if train.packing is PackingMethod.balanced else {}
     return {
         "sequence_length": train.sequence_length,
         "crops_per_pack": train.crops_per_pack,
         "packing_window": train.packing_window,
+        "packing": str(train.packing),
+        **balanced,
     }
 
 
@@ -102,11 +144,14 @@ def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda 
     """
     packing, mixture = plan.packing, plan.mixture
     counts: list[int] = []
+    places: list[Ints] = []
     tokens = crops = done = longest = 0
     while done < packs:
         start = len(counts) * packing.window
         of_tokens, of_crops = mixture.costs_at(start, packing.window)
-        counts.append(len(packing.packs_of(len(counts))))
+        window = packing.packs_of(len(counts))
+        places.append(_places(window, start, packing.window))
+        counts.append(len(window))
         tokens, crops, done = tokens + int(of_tokens.sum()), crops + int(of_crops.sum()), done + counts[-1]
         longest = max(longest, int(of_tokens.max()))
         report(done)
@@ -117,7 +162,10 @@ def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda 
         "sequence_length": capacity.tokens,
         "crops_per_pack": capacity.crops,
         "packing_window": packing.window,
+        "packing": str(packing.method),
     }
+    if packing.method is PackingMethod.balanced:
+        settings["packs_per_step"] = packing.step
     info = {
         **mixture.info,
         "packing": {
@@ -131,4 +179,13 @@ def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda 
             "epochs": {e.name: round(n / len(e.rows), 4) for e, n in zip(mixture.entries, drawn, strict=True)},
         },
     }
-    return Mixture(mixture.seed, mixture.entries, mixture.order.schedule, info, np.array(counts, np.int64))
+    known = Known(np.array(counts, np.int64), np.concatenate(places) if places else None)
+    return Mixture(mixture.seed, mixture.entries, mixture.order.schedule, info, known)
+
+
+def _places(packs: Sequence[Sequence[int]], start: int, window: int) -> Ints:
+    """[window] number of each position's pack within its window."""
+    places = np.empty(window, np.min_scalar_type(max(len(packs), 256)))
+    for number, pack in enumerate(packs):
+        places[np.asarray(pack) - start] = number
+    return places

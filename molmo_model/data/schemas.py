@@ -5,6 +5,7 @@ rows, one answer everywhere) stands in `expectations.py` and only warns. pandera
 takes two seconds.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -147,7 +148,7 @@ def _problems() -> "pandera.pandas.DataFrameSchema":
 
 @cache
 def _costs() -> "pandera.pandas.DataFrameSchema":
-    """`costs.parquet` of a mixture: what one example of one entry costs."""
+    """`costs.arrow` of a mixture: what one example of one entry costs."""
     import pandera.pandas as pa
 
     return pa.DataFrameSchema(
@@ -209,12 +210,100 @@ def _scores() -> "pandera.pandas.DataFrameSchema":
     )
 
 
+@cache
+def _downloads() -> "pandera.pandas.DataFrameSchema":
+    """The list of downloads of a dataset: one row per URL."""
+    import pandera.pandas as pa
+
+    from molmo_model.data.downloads import Status
+
+    return pa.DataFrameSchema(
+        {
+            "url": _text(unique=True),
+            "status": _text(pa.Check.isin([status.value for status in Status])),
+            "reason": _text(empty=True),
+            "http_status": _whole(0),
+            "sha256": _text(pa.Check.str_matches(rf"^$|{SHA256}"), empty=True),
+            "bytes": _whole(0),
+            "format": _text(empty=True),
+            "width": _whole(0),
+            "height": _whole(0),
+        },
+        checks=[
+            _rows("a reason where it failed, none where it did not", _tells_why),
+            _rows("hash, size, format and sides where the status is ok, nowhere else", _content_if_ok),
+        ],
+        strict=True,
+    )
+
+
+@cache
+def _schedule() -> "pandera.pandas.DataFrameSchema":
+    """`schedule.parquet` of a mixture: the entry of each position of one period, or what a sampled one has counted."""
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema({"entry": _whole(0)}, strict=True)
+
+
+@cache
+def _packs() -> "pandera.pandas.DataFrameSchema":
+    """`packs.parquet` of a mixture: packs of each window of the run."""
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema({"packs": _whole(0)}, strict=True)
+
+
+@cache
+def _image_hashes() -> "pandera.pandas.DataFrameSchema":
+    """`image_hashes.parquet` of a validation: one row per distinct picture or film."""
+    import pandera.pandas as pa
+
+    from molmo_model.data.image_hashes import KINDS, SIDE
+
+    cells = pa.Check(lambda x: isinstance(x, bytes) and len(x) == SIDE**2, element_wise=True, error=f"{SIDE**2} bytes")
+    return pa.DataFrameSchema(
+        {
+            "image_sha256": _text(pa.Check.str_matches(SHA256), unique=True),
+            "kind": _text(pa.Check.isin(KINDS)),
+            "width": _whole(1),
+            "height": _whole(1),
+            "phash": _whole(0),
+            "small": pa.Column(None, cells),
+        },
+        strict=True,
+    )
+
+
+@cache
+def _metrics() -> "pandera.pandas.DataFrameSchema":
+    """The metrics of `metrics.json`: one row per metric."""
+    import pandera.pandas as pa
+
+    return pa.DataFrameSchema(
+        {
+            "metric": _text(unique=True),
+            "mean": _finite(),
+            "stderr": _finite(pa.Check.ge(0)),
+            "low": _finite(),
+            "high": _finite(),
+            "n": _whole(1),
+        },
+        checks=[_rows("low <= mean <= high", _encloses_mean)],
+        strict=True,
+    )
+
+
 SCHEMAS: dict[str, Callable[[], "pandera.pandas.DataFrameSchema"]] = {
     "index": _index,
     "problems": _problems,
     "costs": _costs,
     "predictions": _predictions,
     "scores": _scores,
+    "downloads": _downloads,
+    "schedule": _schedule,
+    "packs": _packs,
+    "image_hashes": _image_hashes,
+    "metrics": _metrics,
 }
 """The contracts by name; see `docs/artefacts.md` for what the tables mean."""
 
@@ -236,6 +325,14 @@ def _whole(least: int) -> Any:
 
     kind = pa.Check(pd.api.types.is_integer_dtype, error="whole numbers")
     return pa.Column(None, [kind, pa.Check.ge(least)])
+
+
+def _finite(*checks: Any) -> Any:
+    import pandas as pd
+    import pandera.pandas as pa
+
+    kind = pa.Check(pd.api.types.is_numeric_dtype, error="numbers")
+    return pa.Column(None, [kind, pa.Check.in_range(-sys.float_info.max, sys.float_info.max), *checks])
 
 
 def _lists(good: Callable[[Any], bool], words: str, required: bool = True) -> Any:
@@ -317,6 +414,24 @@ def _counts_videos(frame: "pandas.DataFrame") -> "pandas.Series":
 
 def _counts_conversations(frame: "pandas.DataFrame") -> "pandas.Series":
     return frame["conversations"].map(len) == frame["conversation_tokens"].map(len)
+
+
+def _tells_why(frame: "pandas.DataFrame") -> "pandas.Series":
+    return (frame["status"] == "ok") == (frame["reason"] == "")
+
+
+def _content_if_ok(frame: "pandas.DataFrame") -> "pandas.Series":
+    ok, good = frame["status"] == "ok", frame["url"].notna()
+    for column in ("sha256", "format"):
+        good &= (frame[column] != "") == ok
+    for column in ("bytes", "width", "height"):
+        good &= (frame[column] > 0) == ok
+    return good
+
+
+def _encloses_mean(frame: "pandas.DataFrame") -> "pandas.Series":
+    slack = 1e-9  # of rounding
+    return (frame["low"] <= frame["mean"] + slack) & (frame["mean"] <= frame["high"] + slack)
 
 
 def _item_ids(frame: "pandas.DataFrame") -> "pandas.Series":

@@ -66,14 +66,23 @@ def probe_video(
         stream.thread_type = "AUTO"
         times, turned, size = _scan(container, stream, name, limits)
         time_base = stream.time_base or container.streams.video[0].codec_context.time_base
-        format_name = container.format.name.split(",")[0]
+        kind = _kind(container)
     ticks, last, keys = _rising(times)
     timeline = Timeline.of(ticks, last, (time_base.numerator, time_base.denominator), keys)
     if timeline.end - timeline.begin > limits.seconds:
         raise DataError(f"{name}: {float(timeline.end - timeline.begin):.0f} s are more than {limits.seconds:.0f} s")
     width, height = reversed(size) if turned else size
-    kind = FORMATS.get(format_name, format_name.upper())
     return Video(data, width, height, kind, timeline, None if clip is None else fit_clip(clip, timeline, name))
+
+
+def peek_video(data: bytes, *, name: str = "video", limits: VideoLimits = LIMITS) -> tuple[str, int, int]:
+    """Format, width and height of a film as its header says them; its frames may still be broken, and shown turned.
+
+    Raises:
+        DataError: no film that can be read, or beyond the limits as far as the header says it.
+    """
+    with _opened(data, name, limits) as (container, stream):
+        return _kind(container), stream.codec_context.width, stream.codec_context.height
 
 
 def decode_frames(video: Video, frames: Sequence[int], *, name: str = "video") -> Iterator[tuple[int, Pixels]]:
@@ -122,6 +131,8 @@ def _opened(data: bytes, name: str, limits: VideoLimits) -> Iterator[tuple[Any, 
             if stream is None:
                 raise DataError(f"{name}: has no moving picture; its streams are {_kinds(container) or 'none'}")
             context = stream.codec_context
+            if context is None:  # FFmpeg reads the container, but has no decoder for what is in it
+                raise DataError(f"{name}: its codec is unknown; write it as H.264 or VP9")
             if context.width * context.height > limits.pixels:
                 raise DataError(
                     f"{name}: {context.width} x {context.height} pixels are more than {limits.pixels}; make it smaller"
@@ -137,6 +148,12 @@ def _opened(data: bytes, name: str, limits: VideoLimits) -> Iterator[tuple[Any, 
 def _is_cover(stream: Any) -> bool:
     """Whether a stream is a single picture that comes with music."""
     return bool(stream.disposition & type(stream.disposition).attached_pic)
+
+
+def _kind(container: Any) -> str:
+    """What the container is called in an example."""
+    name = container.format.name.split(",")[0]
+    return FORMATS.get(name, name.upper())
 
 
 def _kinds(container: Any) -> str:

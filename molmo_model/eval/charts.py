@@ -1,10 +1,11 @@
-"""Line charts as small SVG text: the same bytes every time, readable in light and dark, without a plotting library.
+"""Line charts and histograms as small SVG text: always the same bytes, readable in light and dark, no plotting library.
 
 Colours are classes (`s0`, `s1`, ... for series); the page that holds a chart gives them meaning, and `standalone` adds
 a style of its own.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -96,6 +97,38 @@ def line_chart(
     return "".join([*parts, "</svg>"])
 
 
+def histogram(title: str, values: Sequence[float], *, bins: int = 24, x_label: str, percent: bool = False) -> str:
+    """One SVG element: how many values fall into each of up to `bins` equal stretches; whole numbers keep bins of
+    whole width.
+
+    Args:
+        title: for screen readers and as tooltip.
+        values: finite numbers.
+        percent: label the horizontal axis in percent.
+    """
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    whole = all(float(value).is_integer() for value in values)
+    width = max(1, math.ceil((high - low + 1) / bins)) if whole else (high - low) / bins or 1.0
+    counts = Counter(min(int((value - low) / width), bins - 1) for value in values)
+    last = max(counts, default=0) + 1
+    scale = _Scale(low, low + width * last, 0, max(counts.values(), default=1) * 1.05)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title>",
+        *_axes(scale, ticks(scale.x_low, scale.x_high), False, x_label, percent_x=percent),
+        '<g class="s0">',
+    ]
+    for number, count in sorted(counts.items()):
+        left, right = float(scale.x(low + number * width)), float(scale.x(low + (number + 1) * width))
+        top = float(scale.y(count))
+        tip = f"{low + number * width:g} to {low + (number + 1) * width:g}: {count}"
+        place = (
+            f'x="{left:.1f}" y="{top:.1f}" width="{max(right - left - 1, 1):.1f}" height="{HEIGHT - BOTTOM - top:.1f}"'
+        )
+        parts.append(f'<rect class="dot" {place}><title>{tip}</title></rect>')
+    return "".join([*parts, "</g></svg>"])
+
+
 def standalone(svg: str) -> str:
     """A chart as a file of its own."""
     head, _, rest = svg.partition(">")
@@ -130,7 +163,7 @@ def _scale(points: Sequence[Point], baseline: float | None, y_range: tuple[float
     return _Scale(min(0.0, *xs), max(xs), *y_range)
 
 
-def _axes(scale: _Scale, xs: Sequence[float], percent: bool, x_label: str) -> list[str]:
+def _axes(scale: _Scale, xs: Sequence[float], percent: bool, x_label: str, percent_x: bool = False) -> list[str]:
     parts = []
     for value in ticks(scale.y_low, scale.y_high):
         y = scale.y(value)
@@ -139,7 +172,8 @@ def _axes(scale: _Scale, xs: Sequence[float], percent: bool, x_label: str) -> li
         parts.append(f'<text x="{LEFT - 6}" y="{y}" dy=".35em" text-anchor="end">{label}</text>')
     shown = xs if len(xs) <= 6 else ticks(scale.x_low, scale.x_high)
     for value in shown:
-        parts.append(f'<text x="{scale.x(value)}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{value:g}</text>')
+        label = f"{value * 100:g}%" if percent_x else f"{value:g}"
+        parts.append(f'<text x="{scale.x(value)}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle:g}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
     return parts

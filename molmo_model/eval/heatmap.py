@@ -59,7 +59,7 @@ def selected_tokens(predictor: Predictor, question: Question) -> list[TokenMap]:
     """
     require_selector(predictor)
     model, preprocessor = predictor.model, predictor.preprocessor
-    prompt = preprocessor.encode_prompt(question.example, question.conversation)
+    prompt = preprocessor.encode_prompt(question.example, question.conversation, length=question.length)
     batch = collate_prompts([prompt], preprocessor.config, preprocessor.pad_id)
     with torch.inference_mode(), predictor.autocast():
         _, selection = generation_inputs(model, {name: value.to(model.device) for name, value in batch.items()})

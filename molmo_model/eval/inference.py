@@ -38,6 +38,8 @@ class Question:
 
     example: Example
     conversation: int = 0
+    length: int | None = None
+    """About how long a caption is asked for; see `Preprocessor.encode_prompt`."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Predictor:
         """
         decoding = decoding or DecodingConfig()
         preprocessor = self.preprocessor
-        prompts = [preprocessor.encode_prompt(question.example, question.conversation) for question in questions]
+        prompts = [preprocessor.encode_prompt(one.example, one.conversation, length=one.length) for one in questions]
         batch = collate_prompts(prompts, preprocessor.config, preprocessor.pad_id)
         with self.autocast():
             answers = generate(

@@ -50,6 +50,19 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One dataset behind the numbers, and what uses it."""
+
+    dataset: str
+    summary: Mapping[str, Any]
+    """Of its shards' manifest: licence, source, revision, card, counts; what an older artefact lacks is left out."""
+    runs: Sequence[str] = ()
+    """Runs that were trained on it."""
+    tasks: Sequence[str] = ()
+    """Tasks that ask about it."""
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything a report is made from."""
 
@@ -65,6 +78,7 @@ class Inputs:
     checkpoints: Sequence[str]
     params: Mapping[str, Any] = field(default_factory=dict)
     """Params of the training runs shown, for lineage; by run."""
+    data: Sequence[DataSource] = ()
 
 
 def write(inputs: Inputs, out: Path) -> dict[str, Any]:
@@ -81,7 +95,12 @@ def write(inputs: Inputs, out: Path) -> dict[str, Any]:
     for name, svg in plots.items():
         (out / "plots" / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
     (out / "report.csv").write_text(_csv(rows), encoding="utf-8")
-    document = {"confidence": inputs.confidence, "checkpoints": list(inputs.checkpoints), "rows": rows}
+    document = {
+        "confidence": inputs.confidence,
+        "checkpoints": list(inputs.checkpoints),
+        "rows": rows,
+        "data": [_data(source) for source in inputs.data],
+    }
     (out / "report.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     page = _render(inputs, plots)
     (out / "index.html").write_text(page, encoding="utf-8")
@@ -204,6 +223,7 @@ def _render(inputs: Inputs, plots: Mapping[str, str]) -> str:
         tasks=[_task(inputs, task, results) for task, results in inputs.results.items()],
         plots=plots,
         lineage=lineage,
+        data=[_data(source) for source in inputs.data],
         runs={run: canonical_json(params) for run, params in inputs.params.items()},
         digest=hashlib.sha256(canonical_json(lineage).encode()).hexdigest(),
     )
@@ -254,3 +274,17 @@ def _lineage(inputs: Inputs) -> list[dict[str, Any]]:
         for task, results in inputs.results.items()
         for checkpoint, result in results.items()
     ]
+
+
+def _data(source: DataSource) -> dict[str, Any]:
+    """What the page and `report.json` say of a dataset; None where its shards do not say."""
+    counts = source.summary.get("examples") or {}
+    facts = ("licence", "source", "revision", "card", "bad_rows", "missing_downloads")
+    return {
+        "dataset": source.dataset,
+        **{name: source.summary.get(name) for name in facts},
+        "train": counts.get("train"),
+        "eval": counts.get("eval"),
+        "runs": list(source.runs),
+        "tasks": list(source.tasks),
+    }

@@ -9,13 +9,13 @@ that numbers are read place by place. The markup of points is cut into pieces su
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molmo_model.preprocessing.points import count_to_text, points_to_text
-from molmo_model.preprocessing.prompts import TEMPLATES
+from molmo_model.preprocessing.templates import DEMO_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -100,7 +100,7 @@ def _scene(rng: random.Random) -> str:
 def _question(rng: random.Random) -> str:
     row, col, digit = rng.randint(1, 9), rng.randint(1, 9), rng.randint(0, 9)
     label = rng.choice([f"the digit {digit}", f"row {row}, column {col}", "all digits", "every digit", "empty cells"])
-    template = rng.choice([template for style in sorted(TEMPLATES) for template in TEMPLATES[style]])
+    template = rng.choice([template for style in sorted(DEMO_TEMPLATES) for template in DEMO_TEMPLATES[style]])
     return rng.choice(
         [
             template.replace("{label}", label),
@@ -118,7 +118,8 @@ def _question(rng: random.Random) -> str:
 def _markup(rng: random.Random) -> str:
     label = rng.choice([f"digit {rng.randint(0, 9)}", f"row {rng.randint(1, 9)}, column {rng.randint(1, 9)}", "digits"])
     points = [(rng.uniform(0, 100), rng.uniform(0, 100)) for _ in range(rng.choice([0, 1, 1, 2, 3, 5, 9]))]
-    return " " + rng.choice([points_to_text, count_to_text])(points, label)
+    writers: list[Callable[..., str]] = [points_to_text, count_to_text]
+    return " " + rng.choice(writers)(points, label)
 
 
 def _chart(rng: random.Random) -> str:

@@ -82,7 +82,9 @@ def decode_film(
     if not selecting or scorer is None:
         return replace(film, crops=crops)
     users = [message for message in asked[0].messages if message.role == "user"]
-    question = "\n".join(prompts.templates(asked[0].style, message)[0] for message in reversed(users))
+    question = "\n".join(
+        prompts.questions(asked[0].style, message, config.prompt_templates)[0] for message in reversed(users)
+    )
     clips, start = [], 0
     for clip in film.clips:
         clips.append(best_frames(clip, scorer(crops[start : start + len(clip.frames)], question)))

@@ -111,7 +111,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 @cache
-def _opencv() -> Any:
+def opencv() -> Any:
     """OpenCV, once it is needed, on one thread: images are shared out over worker processes, and its threads would not
     outlive a fork."""
     import cv2
@@ -127,7 +127,7 @@ def _decode_jpeg(data: bytes, opened: Image.Image) -> Pixels | None:
     """
     if opened.mode not in {"RGB", "L"} or _orientation(opened) != UPRIGHT:
         return None
-    cv2 = _opencv()
+    cv2 = opencv()
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error:
@@ -199,7 +199,7 @@ def _interpolate(image: Pixels, out: Pixels, how: Resize, exact: bool) -> None:
     elif how.antialias and shrinks:
         out[...] = _interpolate_torch(image, height, width, how, in_float=width == 1)
     else:
-        cv2 = _opencv()
+        cv2 = opencv()
         source = np.ascontiguousarray(image)
         if out.flags.c_contiguous:
             cv2.resize(source, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)

@@ -77,8 +77,14 @@ def sorted_points(points: Sequence[Point]) -> list[Point]:
     return sorted((abs(round(float(x), 1)), abs(round(float(y), 1))) for x, y in points)
 
 
-def points_to_text(points: Sequence[Point], label: str, style: PointFormat = PointFormat.molmo_v1) -> str:
+def points_to_text(
+    points: Sequence[Point], label: str, style: PointFormat = PointFormat.molmo_v1, alt: str | None = None
+) -> str:
     """The points of one picture as one tag; `There are none.` without points.
+
+    Args:
+        label: what the tag shows.
+        alt: what is pointed at, where the tag shows something else, as inside a sentence; None is the label.
 
     Raises:
         DataError: a coordinate outside [0, 100].
@@ -86,17 +92,17 @@ def points_to_text(points: Sequence[Point], label: str, style: PointFormat = Poi
     if len(points) == 0:
         return NO_POINTS
     if style in SEPARATORS:
-        return frames_to_text([(1, points)], label, style)
+        return frames_to_text([(1, points)], label, style, alt)
     ordered = sorted_points(points)
-    text = escape(label, quote=True)
+    text, named = escape(label, quote=True), escape(label if alt is None else alt, quote=True)
     if len(ordered) == 1:
         ((x, y),) = ordered
-        return f'<point x="{x:.1f}" y="{y:.1f}" alt="{text}">{text}</point>'
+        return f'<point x="{x:.1f}" y="{y:.1f}" alt="{named}">{text}</point>'
     places = " ".join(f'x{i}="{x:.1f}" y{i}="{y:.1f}"' for i, (x, y) in enumerate(ordered, start=1))
-    return f'<points {places} alt="{text}">{text}</points>'
+    return f'<points {places} alt="{named}">{text}</points>'
 
 
-def frames_to_text(frames: Sequence[Frame], label: str, style: PointFormat) -> str:
+def frames_to_text(frames: Sequence[Frame], label: str, style: PointFormat, alt: str | None = None) -> str:
     """The points of several pictures, or of a clip's frames, as one tag; frames without points are left out.
 
     Args:
@@ -117,14 +123,22 @@ def frames_to_text(frames: Sequence[Frame], label: str, style: PointFormat) -> s
             index += len(ordered)
     if not parts:
         return NO_POINTS
-    return f'<points coords="{SEPARATORS[style].join(parts)}">{escape(label, quote=True)}</points>'
+    named = "" if alt is None else f' alt="{escape(alt, quote=True)}"'
+    return f'<points{named} coords="{SEPARATORS[style].join(parts)}">{escape(label, quote=True)}</points>'
 
 
-def count_to_text(points: Sequence[Point], label: str, style: PointFormat = PointFormat.molmo_v1) -> str:
-    """The points counted: `Counting the <points ...>label</points> shows a total of 3.`"""
+def count_to_text(
+    points: Sequence[Point], label: str, style: PointFormat = PointFormat.molmo_v1, first: bool = False
+) -> str:
+    """The points counted: `Counting the <points ...>label</points> shows a total of 3.`
+
+    Args:
+        first: the number comes first: `There are 3 <points ...>label</points>.`
+    """
     if len(points) == 0:
         return NO_POINTS
-    return f"Counting the {points_to_text(points, label, style)} shows a total of {len(points)}."
+    tag = points_to_text(points, label, style)
+    return f"There are {len(points)} {tag}." if first else f"Counting the {tag} shows a total of {len(points)}."
 
 
 def _require_inside(points: Sequence[Point]) -> None:

@@ -14,7 +14,7 @@ ending with the token that ends an answer; the last one of a branch is predicted
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,11 +24,13 @@ import numpy.typing as npt
 
 from molmo_model.data.example import Conversation, Example, Video
 from molmo_model.errors import CheckpointError, ConfigError, DataError
+from molmo_model.model_config import LossWeighting
 from molmo_model.preprocessing import prompts
+from molmo_model.preprocessing.augmentation import Change, apply, moved, pixel_generator, plan_changes, widest
 from molmo_model.preprocessing.crops import FloatArray, fill_crops, patch_masks
 from molmo_model.preprocessing.films import FrameScorer, decode_film, film_masks, plan_film
 from molmo_model.preprocessing.image import Pixels, decode_image
-from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, LossWeighting, PreprocessorConfig
+from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
 from molmo_model.preprocessing.selection import ImageSlots, image_slots, slot_tokens
 from molmo_model.preprocessing.tiling import Layout, layout
 from molmo_model.preprocessing.tokenizer import Vocabulary, load_tokenizer
@@ -43,6 +45,8 @@ PREFIX_SEGMENT = 10_000
 """Segment of what all branches see; above the number of any branch."""
 IGNORE = -100
 """The label of a place that predicts nothing."""
+_SHARED = (LossWeighting.root_subsegments, LossWeighting.root_subsegments_root_length)
+_BY_LENGTH = (LossWeighting.root_length, LossWeighting.root_subsegments_root_length)
 
 
 @dataclass
@@ -90,7 +94,8 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Cost:
-    """The most tokens and exactly the crops that an example takes, whatever prompts are drawn."""
+    """The most tokens and crops that an example takes, whatever is drawn; exactly those crops unless their number is
+    drawn (`augmentation.p_high_res`)."""
 
     prefix: int
     """Tokens that all conversations share: begin of text and images."""
@@ -126,6 +131,8 @@ class _Branch:
     input_ids: IntArray
     labels: IntArray
     weight: float
+    asked: int
+    """Tokens of the first question."""
 
 
 class Preprocessor:
@@ -143,6 +150,7 @@ class Preprocessor:
         self.tokenizer = tokenizer
         self.vocabulary = Vocabulary(tokenizer, prompts.end_of_answer(config.message_format))
         self._tiling = config.tiling
+        self._high_res_tiling = replace(self._tiling, max_crops=config.augmentation.high_res_max_crops)
         if self.vocabulary.size > config.vocab_size:
             raise ConfigError(
                 f"the tokenizer has ids up to {self.vocabulary.size - 1}, the language model {config.vocab_size} "
@@ -186,15 +194,18 @@ class Preprocessor:
         conversations: Sequence[int] | None = None,
         rng: np.random.Generator | None = None,
         max_tokens: int | None = None,
+        weight: float = 1.0,
     ) -> Encoded:
         """An example for training.
 
         Args:
             conversations: which of them, in this order; None is all.
-            rng: draws prompts and shuffles the branches; without it the first template of each style and the given
-                order. Draws depend on the example's conversations alone, not on its pixels.
+            rng: draws prompts, shuffles the branches and augments; without it the first template of each style, the
+                given order and the pixels as they are. Draws depend on the example's sizes and conversations alone, not
+                on its pixels.
             max_tokens: conversations that no longer fit are left out, in the order after shuffling. Images are never
-                cut.
+                cut off.
+            weight: factor on the loss of all conversations, besides their own: that of the mixture's entry.
 
         Raises:
             DataError: naming the example, if the images alone or with the shortest conversation are too long, an
@@ -202,16 +213,17 @@ class Preprocessor:
         """
         sizes = [(image.width, image.height) for image in example.images]
         film = plan_film(self.config, example.id, example.videos, rng)
-        layouts = self._layouts(example.id, sizes) if film is None else list(film.layouts)
+        chosen, changes = self._augmented(example.id, sizes, self._chosen(example, conversations), rng)
+        layouts = self._layouts(example.id, sizes, changes) if film is None else list(film.layouts)
         keep = self._keep(rng)
-        chosen = self._chosen(example, conversations)
         branches = self._branches(example.id, chosen, rng, self._prefix_length(layouts, keep, film), max_tokens)
+        branches = [replace(branch, weight=branch.weight * weight) for branch in branches]
         if self.config.question_first:
-            return self._question_first(example, layouts, branches, keep)
+            return self._question_first(example, layouts, branches, keep, changes)
         film = decode_film(self.config, example, film, chosen, self.frame_scorer)
         layouts = layouts if film is None else list(film.layouts)
         first = self._prefix(layouts, sizes, keep, film=film)
-        pixels, pooling = self._pixels(example, layouts, film)
+        pixels, pooling = self._pixels(example, layouts, film, changes)
         prefix, lengths = len(first.input_ids), [len(branch.input_ids) for branch in branches]
         input_ids = np.concatenate([first.input_ids, *(branch.input_ids for branch in branches)])
         labels = np.concatenate([np.full(prefix, IGNORE), *(branch.labels for branch in branches)])
@@ -234,7 +246,12 @@ class Preprocessor:
         )
 
     def _question_first(
-        self, example: Example, layouts: list[Layout], branches: Sequence[_Branch], keep: int | None
+        self,
+        example: Example,
+        layouts: list[Layout],
+        branches: Sequence[_Branch],
+        keep: int | None,
+        changes: Sequence[Change],
     ) -> Encoded:
         """One conversation whose first question stands in the prefix, in front of the images."""
         if len(branches) != 1:
@@ -243,10 +260,10 @@ class Preprocessor:
                 f"not {len(branches)}; set max_conversations: 1 in the mixture entry"
             )
         (branch,) = branches
-        asked = int(np.argmax(branch.labels != IGNORE)) + 1  # tokens of the first question; the last predicts
+        asked = branch.asked  # the last of these tokens predicts the answer's first
         sizes = [(image.width, image.height) for image in example.images]
         first = self._prefix(layouts, sizes, keep, branch.input_ids[:asked])
-        pixels, pooling = self._pixels(example, layouts)
+        pixels, pooling = self._pixels(example, layouts, None, changes)
         prefix, rest = len(first.input_ids), len(branch.input_ids) - asked
         labels = np.concatenate([np.full(prefix - 1, IGNORE), branch.labels[asked - 1 :]])
         return Encoded(
@@ -264,11 +281,16 @@ class Preprocessor:
             id=example.id,
         )
 
-    def encode_prompt(self, example: Example, conversation: int = 0, max_tokens: int | None = None) -> Encoded:
+    def encode_prompt(
+        self, example: Example, conversation: int = 0, max_tokens: int | None = None, length: int | None = None
+    ) -> Encoded:
         """The sequence that the model continues with its answer to the last question of a conversation.
 
-        Exactly what `encode` without a generator feeds before that answer; earlier answers of the conversation stand
-        in it as given. `prompt_text` is its text.
+        Exactly what `encode` without a generator feeds before that answer, which is not looked at; earlier answers of
+        the conversation stand in it as given. `prompt_text` is its text.
+
+        Args:
+            length: what is said of a caption's length in place of `config.caption_length`; 0 says nothing.
 
         Raises:
             DataError: as `encode`, or the prompt has more than `max_tokens` tokens.
@@ -278,10 +300,14 @@ class Preprocessor:
         film = plan_film(self.config, example.id, example.videos, None)
         film = decode_film(self.config, example, film, [chosen], self.frame_scorer)
         layouts = self._layouts(example.id, sizes) if film is None else list(film.layouts)
-        texts = prompts.draw(self._texts(example.id, chosen), None)
-        answered = self._branch(texts, chosen.weight).input_ids
-        question = answered[: len(answered) - len(self.vocabulary.encode(texts[-1]))]
-        asked = len(self.vocabulary.encode(texts[0])) if self.config.question_first else 0
+        form = self.config.prompts if length is None else replace(self.config.prompts, length=length)
+        try:
+            texts = prompts.asked(chosen, form)
+        except DataError as error:
+            raise DataError(f"example {example.id}: {error}") from error
+        first_asked = self._branch([*texts, ""], 1.0)
+        question = first_asked.input_ids
+        asked = first_asked.asked if self.config.question_first else 0
         first = self._prefix(layouts, sizes, self._keep(None), question[:asked], film)
         input_ids = np.concatenate([first.input_ids, question[asked:]])
         if max_tokens is not None and len(input_ids) > max_tokens:
@@ -305,7 +331,7 @@ class Preprocessor:
             crop_frames=None if film is None else film.crop_frames,
             crop_videos=None if film is None else film.crop_videos,
             id=example.id,
-            prompt_text="".join(texts[:-1]),
+            prompt_text="".join(texts),
         )
 
     def cost(
@@ -330,7 +356,8 @@ class Preprocessor:
             DataError: as `encode`.
         """
         film = plan_film(self.config, id, videos, rng)
-        layouts = self._layouts(id, sizes) if film is None else list(film.layouts)
+        conversations, changes = self._augmented(id, sizes, conversations, rng)
+        layouts = self._layouts(id, sizes, changes) if film is None else list(film.layouts)
         prefix = self._prefix_length(layouts, self._keep(rng), film)
         branches = self._branches(id, conversations, rng, prefix, max_tokens)
         return prefix + sum(len(branch.input_ids) for branch in branches), sum(one.crops for one in layouts)
@@ -353,11 +380,18 @@ class Preprocessor:
         film = plan_film(self.config, id, videos, None)
         layouts = self._layouts(id, sizes) if film is None else list(film.layouts)
         branches = tuple(
-            sum(max(len(self.vocabulary.encode(text)) for text in texts) for texts in messages) + len(messages) // 2 - 1
-            for messages in (self._texts(id, conversation) for conversation in conversations)
+            self._longest_questions(texts) + self._longest_answers(id, conversation, texts) + len(texts) // 2 - 1
+            for conversation in conversations
+            for texts in [self._texts(id, conversation)]
         )
-        prefix = self._longest_prefix(layouts) if film is None else self._longest_film(film, videos)
-        return Cost(prefix, branches, sum(one.crops for one in layouts))
+        if film is not None:
+            return Cost(self._longest_film(film, videos), branches, sum(one.crops for one in layouts))
+        either = [layouts]
+        if self.config.augmentation.may_be_finer(conversations):
+            either.append(self._layouts(id, sizes, [Change(high_res=True)] * len(sizes)))
+        longest = [max(pair, key=lambda one: len(one.tokens)) for pair in zip(*either, strict=True)]
+        crops = sum(max(one.crops for one in pair) for pair in zip(*either, strict=True))
+        return Cost(self._longest_prefix(longest), branches, crops)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids: without special and image tokens and without blanks around it."""
@@ -371,11 +405,37 @@ class Preprocessor:
             raise DataError(f"example {example.id}: has {count} conversations, asked for {list(places)}")
         return [example.conversations[place] for place in places]
 
-    def _layouts(self, name: str, sizes: Sequence[tuple[int, int]]) -> list[Layout]:
-        """The geometry of every image."""
+    def _layouts(self, name: str, sizes: Sequence[tuple[int, int]], changes: Sequence[Change] = ()) -> list[Layout]:
+        """The geometry of every image, after its change if there is one."""
         if len(sizes) > self.config.max_images:
             raise DataError(f"example {name}: has {len(sizes)} images, more than max_images {self.config.max_images}")
-        return [layout(height, width, self._tiling) for width, height in sizes]
+        finer = [change.high_res for change in changes] or [False] * len(sizes)
+        return [
+            layout(height, width, self._high_res_tiling if fine else self._tiling)
+            for (width, height), fine in zip(sizes, finer, strict=True)
+        ]
+
+    def _augmented(
+        self,
+        name: str,
+        sizes: Sequence[tuple[int, int]],
+        conversations: Sequence[Conversation],
+        rng: np.random.Generator | None,
+    ) -> tuple[list[Conversation], list[Change]]:
+        """The conversations with their points where the drawn window shows them, and what happens to each image; no
+        change where nothing is drawn."""
+        spec = self.config.augmentation
+        if rng is None or not spec.changes_pixels:
+            return list(conversations), []
+        changes = plan_changes(spec, sizes, conversations, pixel_generator(rng))
+        if len(changes) != 1 or (window := changes[0].window) is None:
+            return list(conversations), changes
+        shown = [moved(conversation, sizes[0], window) for conversation in conversations]
+        for before, after in zip(conversations, shown, strict=True):
+            planned = self._longest_answers(name, before, self._texts(name, before))
+            if sum(max(map(self.vocabulary.length, said)) for said in self._texts(name, after)[1::2]) > planned:
+                return list(conversations), [replace(changes[0], window=None)]
+        return shown, changes
 
     def _keep(self, rng: np.random.Generator | None) -> int | None:
         """High-resolution tokens to keep of every image; None without a selector. Drawn where the params say so."""
@@ -450,10 +510,21 @@ class Preprocessor:
     def _texts(self, name: str, conversation: Conversation) -> list[tuple[str, ...]]:
         """Every text that every message may get."""
         try:
-            config = self.config
-            return prompts.choices(conversation, config.system_prompt, config.message_format, config.point_format)
+            return prompts.choices(conversation, self.config.prompts)
         except DataError as error:
             raise DataError(f"example {name}: {error}") from error
+
+    def _longest_questions(self, texts: Sequence[tuple[str, ...]]) -> int:
+        """Tokens of the questions of a conversation, with the longest of their texts."""
+        return sum(max(map(self.vocabulary.length, asked)) for asked in texts[::2])
+
+    def _longest_answers(self, name: str, conversation: Conversation, texts: Sequence[tuple[str, ...]]) -> int:
+        """The same of the answers; their points may be moved where a window of the image is shown."""
+        longest = sum(max(map(self.vocabulary.length, said)) for said in texts[1::2])
+        if not self.config.augmentation.crop:
+            return longest
+        wide = self._texts(name, widest(conversation))
+        return max(longest, sum(max(map(self.vocabulary.length, said)) for said in wide[1::2]))
 
     def _branches(
         self,
@@ -470,7 +541,10 @@ class Preprocessor:
         room = float("inf") if max_tokens is None else max_tokens - prefix
         kept, lengths = [], []
         for place in order:
-            texts = prompts.draw(self._texts(name, conversations[place]), rng)
+            try:
+                texts = prompts.write(conversations[place], self.config.prompts, rng)
+            except DataError as error:
+                raise DataError(f"example {name}: {error}") from error
             branch = self._branch(texts, conversations[place].weight)
             lengths.append(len(branch.input_ids))
             if lengths[-1] <= room:
@@ -485,8 +559,11 @@ class Preprocessor:
 
     def _weights(self, branches: Sequence[_Branch]) -> list[float]:
         """The factor of the loss of each branch that is in the sequence."""
-        share = 1 / sqrt(len(branches)) if self.config.loss_weighting is LossWeighting.root_subsegments else 1.0
-        return [branch.weight * share for branch in branches]
+        weighting = self.config.loss_weighting
+        share = 1 / sqrt(len(branches)) if weighting in _SHARED else 1.0
+        if weighting not in _BY_LENGTH:
+            return [branch.weight * share for branch in branches]
+        return [branch.weight * share * 2 / sqrt((branch.labels != IGNORE).sum()) for branch in branches]
 
     def _branch(self, texts: Sequence[str], weight: float) -> _Branch:
         """A conversation as tokens. Labels are shifted: the last token of a question predicts the first of its answer,
@@ -495,10 +572,12 @@ class Preprocessor:
         ids: list[IntArray] = []
         targets: list[IntArray] = []
         for turn, text in enumerate(texts):
-            tokens = self.vocabulary.encode(text)
-            ids += [tokens, end] if turn % 2 else [tokens]
-            targets += [tokens, end] if turn % 2 else [np.full(len(tokens), IGNORE)]
-        return _Branch(np.concatenate(ids)[:-1], np.concatenate(targets)[1:], weight)
+            tokens = self.vocabulary.encode(text) if text else np.zeros(0, dtype=np.int64)
+            whole = np.concatenate([tokens, end]) if turn % 2 else tokens
+            learned = turn % 2 and (turn == len(texts) - 1 or not self.config.last_message_loss_only)
+            ids.append(whole)
+            targets.append(whole if learned else np.full(len(whole), IGNORE))
+        return _Branch(np.concatenate(ids)[:-1], np.concatenate(targets)[1:], weight, len(ids[0]))
 
     def _longest_film(self, film: Film, videos: Sequence[Video]) -> int:
         """Tokens of a prefix with films, with the longest texts that may be drawn."""
@@ -512,7 +591,13 @@ class Preprocessor:
             length += max(len(self._encoded(front + text)) for text in texts) - len(self._encoded(said))
         return length
 
-    def _pixels(self, example: Example, layouts: Sequence[Layout], film: Film | None = None) -> tuple[Pixels, IntArray]:
+    def _pixels(
+        self,
+        example: Example,
+        layouts: Sequence[Layout],
+        film: Film | None = None,
+        changes: Sequence[Change] = (),
+    ) -> tuple[Pixels, IntArray]:
         """Crops [C, H, W, 3] and pooling windows [T, W] of all images of an example, or of the frames of its films."""
         size, patches = self.config.image_size, self._tiling.crop_patches**2
         if film is not None and film.crops is not None:
@@ -531,6 +616,8 @@ class Preprocessor:
                     f"{name}: has {picture.shape[1]} x {picture.shape[0]} pixels, but is recorded as "
                     f"{image.width} x {image.height}; build the shards again"
                 )
+            if changes:
+                picture = apply(picture, changes[number - 1])
             end = start + one.crops
             fill_crops(
                 picture, one, self._tiling, self.config.resize, pixels[start:end], exact=self.config.exact_resize

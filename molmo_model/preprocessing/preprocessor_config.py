@@ -1,28 +1,33 @@
 """What decides tokens and crops besides the tokenizer: saved in every checkpoint as `molmo_preprocessor.json`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from molmo_model.config import lookup
 from molmo_model.errors import CheckpointError, ConfigError
-from molmo_model.model_config import CropMode, MessageFormat, PointFormat, PreprocessingConfig, SelectorConfig
+from molmo_model.model_config import (
+    CropMode,
+    LossWeighting,
+    MessageFormat,
+    PointFormat,
+    PreprocessingConfig,
+    PromptTemplates,
+    SelectorConfig,
+    SystemPrompt,
+)
+from molmo_model.preprocessing.augmentation import AugmentationSpec
 from molmo_model.preprocessing.image import RESIZE_METHODS
-from molmo_model.preprocessing.prompts import SystemPrompt
+from molmo_model.preprocessing.prompts import PromptFormat
+from molmo_model.preprocessing.system_prompts import DEFAULT_LENGTH
 from molmo_model.preprocessing.tiling import IM_COL, IM_END, IM_PATCH, IM_START, IMAGE_TOKENS, TilingSpec
 from molmo_model.preprocessing.video import VideoSpec
 
+_Kind = TypeVar("_Kind", bound=Enum)
+
 CONFIG_FILE = "molmo_preprocessor.json"
 FORMAT_VERSION = 1
-
-
-class LossWeighting(Enum):
-    """How the loss is shared out among the conversations of one example."""
-
-    root_subsegments = "root_subsegments"
-    """Each of k conversations counts 1 / sqrt(k): more than one alone, less than k apart."""
-    none = "none"
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,21 @@ class PreprocessorConfig:
     equal_windows: str = ""
     """What in the connector needs pooling windows of one size, such as `pooling stack`; empty: nothing does. Films are
     then refused unless their frames are pooled as images are."""
+    prompt_templates: PromptTemplates = PromptTemplates.uber_model
+    caption_length: int = DEFAULT_LENGTH
+    """What evaluation says of the length of captions, where the system prompt does; 0 says nothing."""
+    last_message_loss_only: bool = False
+    """Of a conversation of several turns only the last answer is learned."""
+    augmentation: AugmentationSpec = field(default_factory=AugmentationSpec)
+    """What training changes about pixels."""
 
     def __post_init__(self) -> None:
         lookup(RESIZE_METHODS, self.resize, "resize method")
         if self.vocab_size < 1 or self.max_images < 1:
             raise ConfigError(f"vocab_size {self.vocab_size} and max_images {self.max_images} must be at least 1")
         _ = self.tiling  # refuses a geometry that cannot be
+        if self.caption_length < 0:
+            raise ConfigError(f"caption_length is {self.caption_length}; it must be at least 0")
         if self.selector_tokens:
             self._check_selector()
 
@@ -81,6 +95,10 @@ class PreprocessorConfig:
             raise ConfigError(
                 f"a token selector needs low-resolution tokens to choose by and high-resolution ones to choose from, "
                 f"apart; crop_mode {self.crop_mode.value} has no such pair, use overlap_and_resize_c2"
+            )
+        if self.augmentation.p_high_res:
+            raise ConfigError(
+                "a token selector chooses from one number of crops; set preprocessing.augmentation.p_high_res to 0"
             )
         if self.tokens_per_window != 1:
             raise ConfigError(
@@ -140,6 +158,11 @@ class PreprocessorConfig:
             point_format=preprocessing.point_format,
             system_prompt=_choice(SystemPrompt, preprocessing.system_prompt, "system_prompt"),
             message_format=preprocessing.message_format,
+            loss_weighting=_choice(LossWeighting, preprocessing.loss_weighting, "loss_weighting"),
+            prompt_templates=_choice(PromptTemplates, preprocessing.prompt_templates, "prompt_templates"),
+            caption_length=preprocessing.caption_length,
+            last_message_loss_only=preprocessing.last_message_loss_only,
+            augmentation=AugmentationSpec.of(preprocessing.augmentation),
             exact_resize=preprocessing.exact_resize,
             tokens_per_window=tokens_per_window,
             patch_masks=patch_masks,
@@ -166,6 +189,13 @@ class PreprocessorConfig:
         )
 
     @property
+    def prompts(self) -> PromptFormat:
+        """The texts' part of this config."""
+        return PromptFormat(
+            self.system_prompt, self.message_format, self.point_format, self.prompt_templates, self.caption_length
+        )
+
+    @property
     def special_ids(self) -> dict[str, int]:
         """The id of every image token."""
         return {token: self.vocab_size + place for place, token in enumerate(IMAGE_TOKENS)}
@@ -187,8 +217,10 @@ class PreprocessorConfig:
         return self.vocab_size + IM_COL
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, with the version of the format."""
-        return {"version": FORMAT_VERSION} | {name: _plain(value) for name, value in asdict(self).items()}
+        """Plain JSON, with the version of the format. What came later is left out where it is as it always was."""
+        plain = {name: _plain(value) for name, value in asdict(self).items()}
+        later = {one.name: getattr(self, one.name) == _default(one) for one in fields(self) if one.name in _LATER}
+        return {"version": FORMAT_VERSION} | {name: x for name, x in plain.items() if not later.get(name, False)}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any], source: str = CONFIG_FILE) -> "PreprocessorConfig":
@@ -197,17 +229,19 @@ class PreprocessorConfig:
         Raises:
             CheckpointError: another version, or unknown, missing or wrong values; names `source`.
         """
-        fields = dict(raw)
-        if (version := fields.pop("version", None)) != FORMAT_VERSION:
+        values = dict(raw)
+        if (version := values.pop("version", None)) != FORMAT_VERSION:
             raise CheckpointError(f"{source}: version is {version!r}, this code reads {FORMAT_VERSION}")
         try:
             for name, kind in _ENUMS.items():
-                fields[name] = kind(fields[name])
+                if name in values or name not in _LATER:
+                    values[name] = kind(values[name])
             for name in ("pooling_size", "overlap_margins"):
-                first, second = fields[name]
-                fields[name] = (first, second)
-            fields["video"] = VideoSpec.from_json(fields.get("video", {}))
-            return cls(**fields)
+                first, second = values[name]
+                values[name] = (first, second)
+            values["video"] = VideoSpec.from_json(values.get("video", {}))
+            values["augmentation"] = AugmentationSpec.from_json(values.get("augmentation", {}))
+            return cls(**values)
         except (KeyError, TypeError, ValueError, ConfigError) as error:
             raise CheckpointError(f"{source}: {error}") from error
 
@@ -220,15 +254,25 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+_LATER = ("prompt_templates", "caption_length", "last_message_loss_only", "augmentation")
+"""Fields that older checkpoints do not have; left out of the file where they are the default."""
+
+
+def _default(one: Any) -> Any:
+    """The default of a dataclass field."""
+    return one.default_factory() if callable(one.default_factory) else one.default
+
+
 _ENUMS: dict[str, type[Enum]] = {
     "crop_mode": CropMode,
     "point_format": PointFormat,
     "system_prompt": SystemPrompt,
     "message_format": MessageFormat,
+    "prompt_templates": PromptTemplates,
     "loss_weighting": LossWeighting,
 }
 
 
-def _choice(kind: type[SystemPrompt], value: str, what: str) -> SystemPrompt:
-    choice: SystemPrompt = lookup({member.value: member for member in kind}, value, what)
+def _choice(kind: type[_Kind], value: Any, what: str) -> _Kind:
+    choice: _Kind = lookup({member.value: member for member in kind}, value, what)
     return choice

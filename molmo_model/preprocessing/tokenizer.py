@@ -15,6 +15,7 @@ import numpy.typing as npt
 import molmo_model
 from molmo_model.errors import ConfigError
 from molmo_model.preprocessing.marked import Marked
+from molmo_model.preprocessing.token_counts import TokenCounts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -94,11 +95,23 @@ class Vocabulary:
         self.pad_id = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else end_of_text
         self.size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """Ids are below this."""
-        self.encode = self._cached()
+        self._counts = TokenCounts(backend)
+        self._remember()
 
-    def _cached(self) -> "Callable[[str], npt.NDArray[np.int64]]":
-        """`_encode` with a memory, because questions repeat; typed, because a marked text equals its plain reading."""
-        return lru_cache(maxsize=16384, typed=True)(self._encode)
+    def _remember(self) -> None:
+        """Memories, because questions repeat; typed, because a marked text equals its plain reading."""
+        self.encode: Callable[[str], npt.NDArray[np.int64]] = lru_cache(maxsize=16384, typed=True)(self._encode)
+        self.length: Callable[[str], int] = lru_cache(maxsize=16384, typed=True)(self._length)
+
+    def _length(self, text: str) -> int:
+        """As many ids as `encode` gives, several times faster where the text is Latin 1."""
+        if isinstance(text, Marked):
+            return sum(1 if place % 2 else self._spelled_length(part) for place, part in enumerate(text.parts))
+        return self._spelled_length(text)
+
+    def _spelled_length(self, text: str) -> int:
+        count = self._counts.count(text)
+        return len(self._spelled_out(text)) if count is None else count
 
     def _encode(self, text: str) -> npt.NDArray[np.int64]:
         """The ids of a text, read-only.
@@ -139,11 +152,9 @@ class Vocabulary:
         return str(self._backend.decode(ids, skip_special_tokens=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        del state["encode"]
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in ("encode", "length")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._backend.encode_special_tokens = True  # the one setting that a pickled tokenizer forgets
-        self.encode = self._cached()
+        self._remember()

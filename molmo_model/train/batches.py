@@ -10,6 +10,7 @@ from molmo_model.data.example import Example
 from molmo_model.data.loader import Loader, generator
 from molmo_model.data.mixture import Draw
 from molmo_model.data.plan import Plan
+from molmo_model.data.range_cache import RangeCache
 from molmo_model.nn.frame_selection import FrameScorer
 from molmo_model.preprocessing.collator import collate
 from molmo_model.preprocessing.preprocessor import Encoded, Preprocessor
@@ -31,7 +32,7 @@ class Encoder:
     preprocessor: Preprocessor
 
     def __call__(self, example: Example, draw: Draw, key: int) -> Encoded:
-        return self.preprocessor.encode(example, draw.conversations, generator(key))
+        return self.preprocessor.encode(example, draw.conversations, generator(key), weight=draw.weight)
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,20 @@ class Collator:
         return collate(packs, self.sequence_length, self.preprocessor.config, self.preprocessor.pad_id)
 
 
-def build_loader(inputs: Mapping[str, str], start: Path, train: TrainConfig, ranks: Ranks, workers: int) -> Loader:
+def build_loader(
+    inputs: Mapping[str, str],
+    start: Path,
+    train: TrainConfig,
+    ranks: Ranks,
+    workers: int,
+    cache: RangeCache | None = None,
+) -> Loader:
     """The loader of one rank.
 
     Args:
-        inputs: paths of `mixture` and of `shards/<dataset>`.
+        inputs: paths of `mixture` and of `shards/<dataset>`; these may be URLs.
         start: checkpoint folder with the preprocessor.
+        cache: keeps what comes from shards in a bucket.
     """
     shards = {name.removeprefix(SHARDS): path for name, path in inputs.items() if name.startswith(SHARDS)}
     preprocessor = Preprocessor.from_pretrained(start)
@@ -59,7 +68,7 @@ def build_loader(inputs: Mapping[str, str], start: Path, train: TrainConfig, ran
     # a GPU wants equal shapes in every step, in whole blocks of FlexAttention; a CPU no padding
     length = -(-train.sequence_length // FLEX_BLOCK) * FLEX_BLOCK if ranks.device.type == "cuda" else None
     return Loader(
-        Plan.load(inputs["mixture"], shards, train),
+        Plan.load(inputs["mixture"], shards, train, cache),
         Encoder(preprocessor),
         Collator(preprocessor, length),
         rank=ranks.rank,
@@ -68,4 +77,5 @@ def build_loader(inputs: Mapping[str, str], start: Path, train: TrainConfig, ran
         packs_per_microbatch=train.packs_per_microbatch,
         workers=workers,
         pin_memory=ranks.device.type == "cuda",
+        skip_bad=train.bad_examples > 0,
     )

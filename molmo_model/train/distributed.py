@@ -100,6 +100,13 @@ def sum_over_ranks(values: Sequence[float], ranks: Ranks) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def gather_over_ranks(values: Sequence[Any], ranks: Ranks) -> list[Any]:
+    """Plain objects of all ranks, those of the first rank first, in one collective; every rank gets them."""
+    gathered: list[Any] = [None] * ranks.world
+    dist.all_gather_object(gathered, list(values))
+    return [value for part in gathered for value in part]
+
+
 class StopRequest:
     """Remembers SIGTERM or SIGINT, so that the step at hand can end and be saved."""
 

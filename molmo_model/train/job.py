@@ -32,6 +32,8 @@ class Job:
     """Checkpoint to go on from; None starts from `init`."""
     timings: str
     """Log file of step times."""
+    shard_cache: str | None = None
+    """Folder for what comes from shards in a bucket, where the params name none."""
 
     def write(self) -> Path:
         path = Path(self.work) / JOB

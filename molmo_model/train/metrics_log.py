@@ -8,7 +8,7 @@ Needs no torch.
 import csv
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from molmo_model.artifacts import write_text_atomic
 from molmo_model.errors import DataError
 
 METRICS = "metrics.jsonl"
+SKIPPED = "skipped.jsonl"
 LOSS_CURVE = "loss.csv"
 
 
@@ -36,6 +37,8 @@ class StepMetrics:
     learning_rate: dict[str, float]
     grad_norm: dict[str, float]
     """Per component, before clipping."""
+    skipped: int = 0
+    """Examples that were left out of the packs because their data are at fault, over all ranks."""
 
 
 class MetricsLog:
@@ -49,14 +52,38 @@ class MetricsLog:
             )
         write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.path = path
+        self.drawn = sum(line["examples"] + line["skipped"] for line in kept)
+        """Examples of all steps, those that were skipped too."""
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 open for the whole run
 
     def append(self, metrics: StepMetrics) -> None:
+        self.drawn += metrics.examples + metrics.skipped
         self._file.write(json.dumps(asdict(metrics)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+class SkippedLog:
+    """The examples that a training left out, one line each; `skipped.jsonl` beside the metrics, absent without any.
+
+    Opening it for a resume drops the lines after the checkpoint's step, which will be found again.
+    """
+
+    def __init__(self, path: Path, after_step: int) -> None:
+        self.path = path
+        self.lines = [line for line in read_metrics(path) if line["step"] <= after_step] if path.exists() else []
+        self._write()
+
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        self.lines += map(dict, lines)
+        self._write()
+
+    def _write(self) -> None:
+        """The whole file: there are few lines, and what a kill interrupts is the old file or the new one."""
+        if self.lines or self.path.exists():
+            write_text_atomic(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,19 +8,20 @@ is computed (only the order in which floats are added).
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from molmo_model.config import TrainConfig, checkpoint_name, saved_steps
+from molmo_model.data.loader import Skipped
 from molmo_model.errors import DataError, TrainingError
 from molmo_model.nn.loss import answered_places
 from molmo_model.train.checkpoint import Position, save
-from molmo_model.train.distributed import Ranks, StopRequest, seed_step, sum_over_ranks
-from molmo_model.train.metrics_log import EventLog, MetricsLog, StepMetrics
+from molmo_model.train.distributed import Ranks, StopRequest, gather_over_ranks, seed_step, sum_over_ranks
+from molmo_model.train.metrics_log import EventLog, MetricsLog, SkippedLog, StepMetrics
 from molmo_model.train.optim import clip_gradients, set_learning_rates, thaw
 from molmo_model.train.parallelize import accumulate_locally, refresh_units
 
@@ -32,6 +33,10 @@ class Batches(Protocol):
 
     def step(self, n: int) -> list[Batch]: ...
 
+    @property
+    def skipped(self) -> Sequence[Skipped]:
+        """What was left out of them."""
+
 
 @dataclass
 class Logs:
@@ -39,6 +44,8 @@ class Logs:
 
     metrics: MetricsLog
     """Deterministic numbers of every step, for the artefact."""
+    skipped: SkippedLog
+    """The examples that were left out, for the artefact."""
     events: EventLog
     """What the supervising process follows."""
     timings: EventLog
@@ -102,6 +109,8 @@ class Trainer:
             if counts.pop("stop"):
                 self._save_stopped(step - 1, done)
                 return step - 1
+            if counts["skipped"]:
+                self._note_skipped(step, counts)
             metrics = self._optimize(step, batches, counts)
             self._log(metrics, counts, self.clock() - started)
             if step in saved:
@@ -111,6 +120,7 @@ class Trainer:
     def _count(self, batches: list[Batch]) -> dict[str, float]:
         """Sums over the whole batch, and whether any rank was asked to stop: one collective for all of it."""
         counts = {"stop": float(self.stop.wanted), "weight": 0.0, "tokens": 0.0, "examples": 0.0, "crops": 0.0}
+        counts["skipped"] = float(len(self.batches.skipped))
         for batch in batches:
             answered = batch["labels"] >= 0
             counts["weight"] += float(batch["loss_weights"][answered].double().sum())
@@ -119,9 +129,35 @@ class Trainer:
             counts["crops"] += float(len(batch["pixel_values"]))
         return dict(zip(counts, sum_over_ranks(list(counts.values()), self.ranks), strict=True))
 
+    def _note_skipped(self, step: int, counts: Mapping[str, float]) -> None:
+        """Lists what was left out of a step on any rank, in the order of the packs.
+
+        Raises:
+            DataError: with these, more than `train.bad_examples` of the examples of the whole run are bad, as many as
+                it has if its other steps are like those so far; on the first rank, which ends the others too.
+        """
+        found = gather_over_ranks(self.batches.skipped, self.ranks)
+        if self.logs is None:
+            return
+        found.sort(key=lambda one: one.pack)  # stable: within a pack they come in its order
+        self.logs.skipped.append([asdict(one) for one in found])
+        lines = self.logs.skipped.lines
+        drawn = self.logs.metrics.drawn + counts["examples"] + counts["skipped"]
+        of_run = round(drawn / step * self.train.steps)
+        if len(lines) > self.train.bad_examples * of_run:
+            last = "; ".join(f"{one['id']!r} of {one['dataset']!r}: {one['reason']}" for one in lines[-3:])
+            raise DataError(
+                f"run {self.run}: {len(lines)} bad examples up to step {step}; train.bad_examples allows "
+                f"{self.train.bad_examples:.4%} of the run's {of_run}, {self.train.bad_examples * of_run:.1f}. All are "
+                f"listed in {self.logs.skipped.path}. The last: {last}"
+            )
+
     def _optimize(self, step: int, batches: list[Batch], counts: Mapping[str, float]) -> StepMetrics:
         if not counts["weight"] > 0:
-            raise DataError(f"run {self.run}: no token of step {step} is answered; its examples have no assistant text")
+            skipped = f" ({counts['skipped']:.0f} bad ones were skipped)" if counts["skipped"] else ""
+            raise DataError(
+                f"run {self.run}: no token of step {step} is answered; its examples{skipped} have no assistant text"
+            )
         if thaw(self.optimizer, step):
             refresh_units(self.model)
         loss_sum = 0.0
@@ -144,6 +180,7 @@ class Trainer:
             examples=int(counts["examples"]),
             learning_rate=rates,
             grad_norm=norms,
+            skipped=int(counts["skipped"]),
         )
 
     def _require_finite(self, step: int, loss_sum: float, norms: Mapping[str, float]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from molmo_model.config import Params
+from molmo_model.data.range_cache import RangeCache
 from molmo_model.errors import CheckpointError
 from molmo_model.nn.build import component_of
 from molmo_model.train.batches import build_loader
@@ -19,7 +20,7 @@ from molmo_model.train.checkpoint import load_state
 from molmo_model.train.distributed import Ranks, StopRequest, process_group, set_determinism
 from molmo_model.train.job import ERRORS, EVENTS, MEETING, Job
 from molmo_model.train.lora import merged_counts
-from molmo_model.train.metrics_log import METRICS, EventLog, MetricsLog
+from molmo_model.train.metrics_log import METRICS, SKIPPED, EventLog, MetricsLog, SkippedLog
 from molmo_model.train.optim import build_optimizer
 from molmo_model.train.parallelize import build_sharded_model
 from molmo_model.train.preflight import pace_key
@@ -74,7 +75,7 @@ def build_trainer(job: Job, params: Params, ranks: Ranks, stop: StopRequest) -> 
         stamp=job.stamp,
         model=model,
         optimizer=optimizer,
-        batches=build_loader(job.inputs, start, config, ranks, params.runtime.loader_workers),
+        batches=build_loader(job.inputs, start, config, ranks, params.runtime.loader_workers, shard_cache(job, params)),
         ranks=ranks,
         places=Places(start=start, out=Path(job.out), work=Path(job.work)),
         logs=open_logs(job, params, done, sum(parameters.values())) if ranks.first else None,
@@ -84,12 +85,19 @@ def build_trainer(job: Job, params: Params, ranks: Ranks, stop: StopRequest) -> 
     return trainer, done
 
 
+def shard_cache(job: Job, params: Params) -> RangeCache | None:
+    """Where this machine keeps what comes from shards in a bucket."""
+    folder, limit = params.runtime.shard_cache or job.shard_cache, params.runtime.shard_cache_bytes
+    return RangeCache(folder, limit) if folder and limit else None
+
+
 def open_logs(job: Job, params: Params, done: int, parameters: int) -> Logs:
     """The log files of the first rank."""
     config = params.runs[job.run].train
     work = Path(job.work)
     logs = Logs(
         metrics=MetricsLog(work / METRICS, after_step=done),
+        skipped=SkippedLog(work / SKIPPED, after_step=done),
         events=EventLog(work / EVENTS),
         timings=EventLog(Path(job.timings)),
         every=params.runtime.log_every,

@@ -1,23 +1,29 @@
 """Each rule against artefacts that break it in one way."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
+from pyarrow import parquet
 
 from molmo_model.artifacts import write_manifest
 from molmo_model.config import Params, load_params
 from molmo_model.data.datasets import family_of
 from molmo_model.data.example import Example
+from molmo_model.data.image_hashes import HASHES
 from molmo_model.data.shard_reader import ShardReader
 from molmo_model.data.shards import write_shards
 from molmo_model.eval.tasks import items
-from tests.assets.project import ROOT, flow
+from pipelines.stage import Build
+from tests.assets.project import ROOT, Project, flow
 
 # isort: split
 from molmo_assets.checks import RULES, Rule, failures
+from molmo_assets.definitions import defs
 
 TASK = "scene_qa"
 
@@ -182,6 +188,70 @@ def test_unmet_expectations_only_warn(workspace: Params) -> None:
     result = rule("validation", "expectations").holds(item, workspace)
     assert (result.passed, result.severity.value) == (False, "WARN")
     assert failures(item, workspace) == []
+
+
+def validation(params: Params, **changes: Any) -> None:
+    """What the validate stage writes about a dataset of ten examples."""
+    write_validation(flow.artefact("validation", "charts", params).path, **changes)
+
+
+def write_validation(folder: Path, **changes: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    empty = {"found": 0, "listed": []}
+    document = {"results": [], "faults": [], "leaks": empty, "near_duplicates": empty, **changes}
+    document["statistics"] = {"examples": {"train": 8, "eval": 2}}
+    (folder / "validation.json").write_text(json.dumps(document), encoding="utf-8")
+    parquet.write_table(HASHES.empty_table(), folder / "image_hashes.parquet")
+
+
+def test_broken_pictures_block_and_near_duplicates_warn(workspace: Params) -> None:
+    item = flow.artefact("validation", "charts", workspace)
+    validation(workspace)
+    assert found("validation", "files", workspace, "charts") == ""
+    assert found("validation", "near_duplicates", workspace, "charts") == ""
+    fault = {"id": "c7", "field": "images[0]", "reason": "is broken or cut short: it does not decode"}
+    leak = {"train": "c1", "eval": "c9", "image_sha256": "0" * 64}
+    pair = {"train": "c2", "eval": "c9", "distance": 4, "difference": 7}
+    lists = {"leaks": {"found": 1, "listed": [leak]}, "near_duplicates": {"found": 1, "listed": [pair]}}
+    validation(workspace, faults=[fault], **lists)
+    assert failures(item, workspace) == [
+        "validation[charts]: files: c7 images[0] is broken or cut short: it does not decode"
+    ]
+    result = rule("validation", "near_duplicates").holds(item, workspace)
+    assert (result.passed, result.severity.value) == (False, "WARN")
+    assert "train c1 shows the very picture of eval c9" in str(result.description)
+    assert "train c2 looks like eval c9: 4 of 64 bits and 7 grey levels" in str(result.description)
+    workspace.datasets["charts"].tolerance = 0.1
+    assert found("validation", "files", workspace, "charts") == ""
+
+
+def test_a_check_in_dagster_says_warn_or_error(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definitions' own asset with its checks, run by an instance of Dagster's."""
+    project.produce("shards")
+    stage = flow.STAGES["validation"]
+
+    def build(build: Build) -> dict[str, Any]:
+        pairs = [{"train": "c2", "eval": "c9", "distance": 4, "difference": 7}]
+        write_validation(
+            build.out,
+            faults=[{"id": "c7", "field": "images[0]", "reason": "does not decode"}],
+            near_duplicates={"found": 1, "listed": pairs},
+        )
+        return {}
+
+    monkeypatch.setitem(flow.STAGES, "validation", dataclasses.replace(stage, build=build))
+    job = defs.resolve_implicit_global_asset_job_def()
+    run = job.get_subset(asset_selection={dg.AssetKey("validation")}).execute_in_process(
+        instance=project.instance, partition_key="charts", raise_on_error=False
+    )
+    evaluations = {one.check_name: one for one in run.get_asset_check_evaluations()}
+    assert {name: (one.passed, one.severity.value) for name, one in evaluations.items()} == FOUND
+    assert "c7 images[0] does not decode" in str(evaluations["files"].description)
+    (event,) = run.asset_materializations_for_node("validation")
+    assert "| c2 | c9 | 4 | 7 |" in str(event.metadata["near_duplicates"].value)
+
+
+FOUND = {"files": (False, "ERROR"), "near_duplicates": (False, "WARN"), "expectations": (True, "WARN")}
 
 
 def test_an_artefact_that_is_not_there_fails_its_checks(workspace: Params) -> None:

@@ -42,11 +42,14 @@ GRAPH = {
 }
 CHECKS = {
     "metrics:coverage",
+    "metrics:schema",
+    "mixture:schema",
     "predictions:coverage",
     "predictions:schema",
     "shards:coverage",
     "shards:schema",
     "training_run:finite_loss",
+    "validation:files",
 }
 
 
@@ -72,7 +75,7 @@ def test_checks() -> None:
     graph = defs.resolve_asset_graph()
     checks = {f"{key.asset_key.to_user_string()}:{key.name}": graph.get(key) for key in graph.asset_check_keys}
     assert {name for name, node in checks.items() if node.blocking} == CHECKS
-    assert set(checks) - CHECKS == {"validation:expectations"}
+    assert set(checks) - CHECKS == {"mixture:near_duplicates", "validation:expectations", "validation:near_duplicates"}
 
 
 def test_jobs_schedules_sensors() -> None:
@@ -88,6 +91,7 @@ def test_jobs_schedules_sensors() -> None:
         "make_report",
         "everything",
         "sync_from_dvc",
+        "download",
     }
     assert {schedule.name: schedule.cron_schedule for schedule in repository.schedule_defs} == {
         "nightly_evaluation": "0 2 * * *",

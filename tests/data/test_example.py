@@ -5,7 +5,17 @@ import json
 
 import pytest
 
-from molmo_model.data.example import Conversation, Example, ExampleError, Image, Message, item_id, plain_problem
+from molmo_model.data.example import (
+    POINT_MARK,
+    Conversation,
+    Example,
+    ExampleError,
+    Image,
+    InlinePoints,
+    Message,
+    item_id,
+    plain_problem,
+)
 from molmo_model.errors import DataError
 
 PICTURE = Image(b"picture bytes", 640, 480, "JPEG")
@@ -138,6 +148,43 @@ def test_a_missing_field_and_other_bytes_are_refused():
     del raw["conversations"][0]["weight"]
     with pytest.raises(DataError, match=r"lacks \['weight'\]"):
         Example.from_json(raw, [PICTURE.data])
+
+
+def explained(**answer):
+    """A picture's question, answered with an explanation and with points inside the text."""
+    text = {"text": f"the {POINT_MARK}", "explanation": "It is red."}
+    inline = (InlinePoints(((1.0, 2.5), (3.0, 4.0)), "left ones", "cars"),)
+    said = Message("assistant", **{**text, "inline": inline, **answer})
+    return Conversation("point_qa", (Message("user", "which?"), said))
+
+
+def test_explanations_and_inline_points_come_back():
+    made = example(conversations=(explained(),))
+    raw = json.loads(json.dumps(made.to_json()))
+    assert raw["conversations"][0]["messages"][1]["inline"] == [
+        {"points": [[1.0, 2.5], [3.0, 4.0]], "text": "left ones", "label": "cars"}
+    ]
+    assert Example.from_json(raw, [PICTURE.data]) == made
+    assert not {"inline", "explanation"} & set(example().to_json()["conversations"][0]["messages"][1])
+
+
+@pytest.mark.parametrize(
+    ("answer", "field"),
+    [
+        ({"text": "no mark"}, "inline"),
+        ({"text": POINT_MARK * 2}, "inline"),
+        ({"inline": (InlinePoints((), "a", "a"),)}, "inline[0].points"),
+        ({"inline": (InlinePoints(((1.0, 101.0),), "a", "a"),)}, "inline[0].points[0]"),
+        ({"inline": (InlinePoints(((1.0, 1.0),), 3, "a"),)}, "inline[0].text"),
+        ({"alternatives": ("b",)}, "inline"),
+        ({"explanation": " "}, "explanation"),
+        ({"text": None, "points": ((1.0, 1.0),), "label": "a", "inline": ()}, "explanation"),
+    ],
+)
+def test_refuses_parts_of_an_answer_that_do_not_fit(answer, field):
+    with pytest.raises(ExampleError) as error:
+        example(conversations=(explained(**answer),))
+    assert error.value.field == f"conversations[0].messages[1].{field}"
 
 
 def test_item_ids_and_plain_values():

@@ -1,20 +1,23 @@
 import hashlib
 import itertools
 import os
+import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from molmo_model.data.example import Example
-from molmo_model.data.loader import Loader, generator
+from molmo_model.data.loader import Loader, Skipped, generator
 from molmo_model.data.mixture import Draw
 from molmo_model.data.plan import Plan
-from molmo_model.errors import ConfigError, DataError
+from molmo_model.errors import ConfigError, DataError, StorageError
 from tests.data.builders import make_plan
 
 PACKS = 5
@@ -167,6 +170,122 @@ def test_a_corrupt_shard_is_named(tmp_path, workers):
         pytest.raises(DataError, match=rf"'{row['id']}'.*SHA-256"),
     ):
         loader.step(1)
+
+
+def bad_plan(folder: Path) -> tuple[Plan, set[tuple[str, int]]]:
+    """A plan with a corrupt example of d0 (a flipped byte), and what `failing` refuses: three rows of d1."""
+    plan = make_plan(folder)
+    reader = plan.readers["d0"]
+    broken = {("d0", plan.mixture.entries[0].rows.tolist()[5])}
+    row = reader.index.slice(next(iter(broken))[1], 1).to_pylist()[0]
+    data = bytearray((reader.path / row["shard"]).read_bytes())
+    data[row["offset"] + 700] ^= 255
+    (reader.path / row["shard"]).write_bytes(bytes(data))
+    return plan, broken | {("d1", 3), ("d1", 7), ("d1", 12)}
+
+
+def failing(example: Example, draw: Draw, key: int) -> np.ndarray:
+    if (draw.dataset, draw.row) in {("d1", 3), ("d1", 7), ("d1", 12)}:
+        raise ValueError(f"cannot decode <BytesIO object at 0x{id(example):x}>")
+    return encode(example, draw, key)
+
+
+def skipping(plan: Plan, world: int, microbatch: int, workers: int) -> list[Loader]:
+    return [
+        Loader(plan, failing, collate, rank, world, PACKS, microbatch, workers, skip_bad=True) for rank in range(world)
+    ]
+
+
+def rows_and_skipped(group: list[Loader], step: int) -> tuple[list[list[int]], list[Skipped]]:
+    """The rows of a step in pack order (an empty pack is zeros), and all that was left out, in pack order."""
+    ranks = [torch.cat([batch["row"] for batch in loader.step(step)]).tolist() for loader in group]
+    skipped = sorted((one for loader in group for one in loader.skipped), key=lambda one: one.pack)
+    return [ranks[pack % len(group)][pack // len(group)] for pack in range(PACKS)], skipped
+
+
+def test_bad_examples_are_left_out_alike_whatever_the_ranks_workers_and_restarts(tmp_path):
+    plan, bad = bad_plan(tmp_path)
+    expected = []
+    for step in range(1, STEPS + 1):
+        packs = [plan.pack((step - 1) * PACKS + i) for i in range(PACKS)]
+        good = [[draw for draw in pack if (draw.dataset, draw.row) not in bad] for pack in packs]
+        by_hand = collate([[encode(plan.read(draw), draw, draw.key) for draw in pack] for pack in good])
+        left_out = [(i, draw.dataset, draw.row) for i, pack in enumerate(packs) for draw in pack if draw not in good[i]]
+        expected.append((by_hand["row"].tolist(), left_out))
+    assert {row[1:] for _, left_out in expected for row in left_out} == bad
+    for world, microbatch, workers, steps in (
+        (1, 1, 0, range(1, 7)),
+        (2, 1, 0, (3, 4, 1)),
+        (3, 2, 2, (2, 5)),
+        (8, 1, 0, (4,)),
+    ):
+        group = skipping(plan, world, microbatch, workers)
+        try:
+            for step in steps:
+                rows, skipped = rows_and_skipped(group, step)
+                assert rows == expected[step - 1][0]
+                first = (step - 1) * PACKS
+                assert [(s.pack - first, s.dataset, s.row) for s in skipped] == expected[step - 1][1]
+                for one in skipped:
+                    assert one.step == step and one.id == plan.readers[one.dataset].id(one.row)
+                    wanted = r"SHA-256" if one.dataset == "d0" else r"^ValueError: cannot decode <BytesIO object>$"
+                    assert re.search(wanted, one.reason)
+        finally:
+            for loader in group:
+                loader.close()
+
+
+def test_a_pack_that_loses_every_example_is_an_empty_one(plan):
+    lost = {draw.position for draw in plan.pack(7)}
+
+    def none_of_pack_7(example: Example, draw: Draw, key: int) -> np.ndarray:
+        if draw.position in lost:
+            raise OSError("truncated")
+        return encode(example, draw, key)
+
+    with Loader(plan, none_of_pack_7, collate, 0, 1, PACKS, skip_bad=True) as loader:
+        rows = [batch["row"].tolist() for batch in loader.step(2)]
+        assert rows[2] == [[0] * 4] and all(row != [[0] * 4] for row in rows[:2] + rows[3:])
+        assert len(loader.skipped) == len(lost)
+        assert len(loader.step(3)) == PACKS and not loader.skipped
+
+
+@pytest.mark.parametrize("error", [MemoryError("full"), StorageError("the bucket is away"), ImportError("no codec")])
+def test_what_is_no_fault_of_the_data_is_not_skipped(plan, error):
+    def unlucky(example: Example, draw: Draw, key: int) -> np.ndarray:
+        raise error
+
+    with (
+        Loader(plan, unlucky, collate, 0, 1, PACKS, skip_bad=True) as loader,
+        pytest.raises(DataError, match=rf"example '.*pack 0: .*{error}"),
+    ):
+        loader.step(1)
+
+
+class Announcing:
+    """A plan that notes what it is told, and refuses to read what it was not told about."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.told = plan, Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plan, name)
+
+    def ahead(self, draws: Any) -> None:
+        self.told.update(draw.position for draw in draws)
+
+    def read(self, draw: Draw) -> Example:
+        assert self.told[draw.position] == 1, "told about once, before it is read"
+        return self.plan.read(draw)
+
+
+@pytest.mark.parametrize(("world", "microbatch"), [(1, 1), (2, 2)])
+def test_the_plan_is_told_what_comes_next(plan, expected, world, microbatch):
+    told = [Announcing(plan) for _ in range(world)]
+    group = [Loader(one, encode, collate, rank, world, PACKS, microbatch) for rank, one in enumerate(told)]
+    assert [global_batch(group, step) for step in (1, 2, 3)] == expected[:3]
+    read = sum(len(plan.pack(pack)) for pack in range(3 * PACKS))
+    assert read < sum(one.told.total() for one in told) < 2 * read  # and of the next micro-batch too
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("kill", "signal 9"), ("exit", "exit code 3")])

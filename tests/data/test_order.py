@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molmo_model.data import order as order_module
-from molmo_model.data.order import Order, Schedule, Source, key_of, permute, resolve_shares
+from molmo_model.data.order import Order, Schedule, Source, dealt, key_of, permute, resolve_shares
 from molmo_model.errors import ConfigError, DataError
 
 
@@ -118,7 +118,7 @@ def test_a_long_schedule_is_stratified_too():
 @pytest.mark.parametrize("start", [0, 3, 599, 10**12])
 def test_schedule_windows_agree_with_counting(start):
     schedule = Schedule([3, 2, 1])
-    entries, draws = schedule.window(start, 40)
+    entries, draws = dealt(schedule, start, 40)
     counted = schedule.counts(start)
     for entry, draw in zip(entries, draws, strict=True):
         assert draw == counted[entry]

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import subprocess
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -78,6 +79,23 @@ def test_plain_tar_lists_the_members_and_groups_like_webdataset(tmp_path):
         one = made[json.loads(sample["json"])["id"]]
         assert [sample[f"{k}.png"] for k in range(len(one.images))] == [image.data for image in one.images]
         assert len(sample) == 1 + len(one.images)
+
+
+def test_tar_and_webdataset_read_what_was_put_in(tmp_path):
+    import webdataset
+
+    made = {one.id: one for _, one in rows(range(30))}
+    made["with.dot/and space"] = replace(example(31, images=2), id="with.dot/and space")
+    write_shards((("train", one) for one in made.values()), tmp_path, 10**9)
+    shard = tmp_path / "shards-train-all.tar"
+    subprocess.run(["tar", "-xf", shard], cwd=tmp_path, check=True)
+    samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert len(samples) == len(made)
+    for sample in samples:
+        one = made[json.loads(sample["json"])["id"]]
+        for ending, content in [("json", None), *((f"{k}.png", image.data) for k, image in enumerate(one.images))]:
+            assert sample[ending] == (tmp_path / f"{sample['__key__']}.{ending}").read_bytes()
+            assert content in (None, sample[ending])
 
 
 def test_one_range_of_the_tar_is_one_example(tmp_path):

@@ -46,7 +46,8 @@ def test_built_in_data_are_unremarkable_and_the_result_is_always_the_same(worksp
     assert first.summary["failed"] == []
     assert document["statistics"]["examples"] == {"eval": 6, "train": 30}
     assert document["statistics"]["styles"]["eval"]["scene_caption"] == 6
-    assert sorted(p.name for p in Path("artifacts/validation/scenes").iterdir()) == ["manifest.json", "validation.json"]
+    names = [path.name for path in sorted(Path("artifacts/validation/scenes").iterdir())]
+    assert names == ["image_hashes.parquet", "manifest.json", "validation.json"]
     assert str(workspace) not in text
     assert stage.differences(validate.STAGE, config, {"dataset": "scenes"}) == []
     shutil.rmtree("artifacts/validation")
@@ -70,6 +71,7 @@ def test_pages_need_no_network(workspace, monkeypatch):
     for page in [*pages, *docs.rglob("*.css")]:
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"""(src\s*=|url\(|<link[^>]+href\s*=)\s*["']?(https?:)?//""", text), page
+        assert "<script" not in text  # each would need one that is elsewhere
     start = (docs / "index.html").read_text(encoding="utf-8")
     links = re.findall(r'href="([^"]+)"', start)
     assert len(links) == 2
@@ -127,7 +129,8 @@ def side(number):
         (lambda n: {}, 1, set()),
         (lambda n: {}, 2, {"drop_rate"}),
         (lambda n: {"answer": "yes"}, 0, {"is_majority_answer"}),
-        (lambda n: {"image": 0}, 0, {"is_repeated_image"}),
+        (lambda n: {"image": 0}, 0, {"is_repeated_image", "is_repeated_question"}),
+        (lambda n: {"answer": "word " * 20 + str(n // 2)}, 0, {"is_repeated_text"}),
         (lambda n: {"answer": str(n) * 3000}, 0, {"answer_chars"}),
         (lambda n: {"width": 8}, 0, {"short_side"}),
         (lambda n: {"width": 400, "height": 20}, 0, {"aspect"}),

@@ -19,7 +19,6 @@ from molmo_model.data.shard_reader import ShardReader
 from molmo_model.data.shards import write_shards
 from molmo_model.eval import predictions, tasks
 from molmo_model.preprocessing import prompts
-from molmo_model.preprocessing.prompts import MessageFormat, SystemPrompt
 
 QUALITY = {"pretrain/step-000300": 0.55, "sft/step-000150": 0.75, "sft/step-000300": 0.93}
 """Share of right answers of each checkpoint."""
@@ -123,14 +122,13 @@ def prediction_rows(settings: Params, task: str, reader: ShardReader, quality: f
         rng = random.Random(f"{task} {item.id}")
         right = rng.random() < quality
         references = tasks.references(item)
-        texts = prompts.draw(prompts.choices(item.asked, SystemPrompt.none, MessageFormat.none), None)
         rows.append(
             {
                 "id": item.id,
                 "example_id": item.example.id,
                 "conversation": item.conversation,
                 "style": item.asked.style,
-                "prompt": "".join(texts[:-1]),
+                "prompt": "".join(prompts.asked(item.asked, prompts.PromptFormat())),
                 "prediction": references["answer"] if right else corrupted(references["answer"], rng),
                 "references": references,
                 "finish_reason": "stop",

@@ -112,7 +112,9 @@ def test_without_points_nothing_is_saved_unless_asked_for(project, said):
         (["checkpoint=c", "prompt=x", "images=y"], "'images=y' is no option"),
         (["checkpoint=c", "prompt=x", "heatmap=h.png"], "heatmap= shows what is selected of a picture; give an image="),
         (["checkpoint=c", "prompt=x", "max_new_tokens=-1"], "max_new_tokens=-1"),
+        (["checkpoint=c", "prompt=x", "length=-1"], "length=-1 must be a whole number"),
         (["checkpoint=c", "prompt=x", "precision=fp64"], "fp64"),
+        ([f"checkpoint={CHECKPOINT}", "prompt=x", "option=one"], "a question offers 2 to 26"),
         (["checkpoint=c", "prompt=x", "decoding.num_beam=2"], "num_beam"),
         (["checkpoint=c", "prompt=x", "decoding.num_beams=0"], "decoding.num_beams is 0"),
         (["checkpoint=c", "prompt=x", "decoding.top_p=0.5"], "do_sample is off"),
@@ -143,6 +145,22 @@ def test_an_out_that_is_no_picture_is_refused(project, said, capsys):
     with pytest.raises(SystemExit):
         generate.main([f"checkpoint={CHECKPOINT}", "prompt=x", "image=photo.png", "out=answer.txt"])
     assert "out=answer.txt cannot be written" in capsys.readouterr().err
+
+
+def test_style_length_and_options_reach_the_prompt(project, capsys, monkeypatch):
+    asked = []
+
+    def answer(self, questions, *args):
+        asked.extend(questions)
+        return [Answer("A", "stop", 1, 9) for _ in questions]
+
+    monkeypatch.setattr(Predictor, "answer", answer)
+    generate.main([f"checkpoint={CHECKPOINT}", "prompt=x", "style=long_caption", "length=7", "option=a", "option=b"])
+    generate.main([f"checkpoint={CHECKPOINT}", "prompt=x"])
+    (first, second) = asked
+    assert (first.length, first.example.conversations[0].style) == (7, "long_caption")
+    assert first.example.conversations[0].messages[0].options == ("a", "b")
+    assert (second.length, second.example.conversations[0].style) == (None, "qa")
 
 
 def test_parse_names_the_argument():

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from PIL import Image as PILImage
 from molmo_model.data.example import Image
 from molmo_model.errors import EvaluationError
 from molmo_model.eval import cards, charts
-from molmo_model.eval.report import Evaluated, Inputs, Lineage, write
+from molmo_model.eval.report import DataSource, Evaluated, Inputs, Lineage, write
 from tests.eval import synthetic
 
 EVIL = """<script>alert(1)</script><img src=x onerror="alert(2)">' " & </style> {{ 7*7 }} ]]>"""
@@ -121,6 +122,40 @@ def test_the_page_loads_nothing_and_runs_only_its_own_script(evaluated):
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert len(text) < 3_000_000
+
+
+def test_the_data_behind_the_numbers(tmp_path):
+    """Licence, source, revision and what became no example, of every dataset; what is not recorded is a dash."""
+    summary = {
+        "examples": {"train": 28299, "eval": 1920},
+        "licence": "GPL-3.0 <b>",
+        "source": "owner/ChartQA",
+        "revision": "b605b6e0",
+        "card": "https://example.org/card",
+        "bad_rows": 3,
+        "missing_downloads": 71,
+    }
+    data = [DataSource("charts", summary, ["sft"], ["t"]), DataSource("old", {})]
+    text = render(tmp_path, inputs(data=data))
+    check_self_contained(text)
+    section = text.split('<section id="data"')[1].split("</section>")[0]
+    rows = [" ".join(Page(row).text.split()) for row in section.split("<tr>")[2:]]
+    assert rows[0] == (
+        "chartstrains sft; asked by t GPL-3.0 <b> owner/ChartQAhttps://example.org/card b605b6e0 28299 / 1920 3 71"
+    )
+    assert rows[1].startswith("old – – – – / – – –")
+    (first, second) = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["data"]
+    assert (first["licence"], first["missing_downloads"], first["runs"]) == ("GPL-3.0 <b>", 71, ["sft"])
+    assert second["revision"] is None and second["tasks"] == []
+
+
+def test_the_report_names_the_data_of_tasks_and_runs(evaluated, settings):
+    found = json.loads((evaluated / "artifacts/report/report.json").read_text(encoding="utf-8"))["data"]
+    assert [(item["dataset"], item["runs"]) for item in found] == [
+        ("digit_scenes", ["pretrain", "sft"]),
+        ("charts", []),
+    ]
+    assert found[1]["tasks"] == ["chart_qa"] and len(found[0]["tasks"]) == 4
 
 
 def test_every_number_has_its_lineage_and_every_task_its_examples(evaluated, settings):

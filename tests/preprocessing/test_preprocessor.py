@@ -11,11 +11,10 @@ from PIL import Image as PILImage
 
 from molmo_model.data.example import Conversation, Example, Image, Message
 from molmo_model.errors import CheckpointError, ConfigError, DataError
-from molmo_model.model_config import CropMode, PreprocessingConfig
+from molmo_model.model_config import CropMode, LossWeighting, MessageFormat, PreprocessingConfig
 from molmo_model.preprocessing.image import decode_image, resize
 from molmo_model.preprocessing.preprocessor import IGNORE, PREFIX_SEGMENT, Encoded, Preprocessor
-from molmo_model.preprocessing.preprocessor_config import LossWeighting, PreprocessorConfig
-from molmo_model.preprocessing.prompts import MessageFormat
+from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 from tests.preprocessing.examples import asked, example, picture, png
 
 BASE = 520

@@ -7,20 +7,14 @@ import pytest
 
 from molmo_model.data.example import Conversation, Message
 from molmo_model.errors import ConfigError, DataError
+from molmo_model.model_config import MessageFormat, SystemPrompt
 from molmo_model.preprocessing.marked import Marked
-from molmo_model.preprocessing.prompts import (
-    TEMPLATES,
-    MessageFormat,
-    SystemPrompt,
-    answer,
-    choices,
-    draw,
-    end_of_answer,
-)
+from molmo_model.preprocessing.prompts import PromptFormat, answer, choices, end_of_answer, write
+from molmo_model.preprocessing.templates import TEMPLATES
 from molmo_model.preprocessing.tokenizer import Vocabulary
 from tests.preprocessing.examples import asked
 
-PLAIN = (SystemPrompt.none, MessageFormat.none)
+PLAIN = PromptFormat()
 
 
 def pointing(points, style="point", label="Red Cars") -> Conversation:
@@ -30,34 +24,33 @@ def pointing(points, style="point", label="Red Cars") -> Conversation:
 def test_first_template_without_a_generator():
     for style, templates in TEMPLATES.items():
         conversation = pointing(((1.0, 2.0),), style)
-        assert draw(choices(conversation, *PLAIN), None)[0] == templates[0].replace("{label}", "red cars")
+        assert write(conversation, PLAIN)[0] == templates[0].replace("{label}", "red cars")
 
 
 def test_a_generator_draws_every_template_and_repeats_itself():
     conversation = pointing(((1.0, 2.0),))
-    texts = choices(conversation, *PLAIN)
-    drawn = [draw(texts, np.random.default_rng([7, n]))[0] for n in range(100)]
+    drawn = [write(conversation, PLAIN, np.random.default_rng([7, n]))[0] for n in range(100)]
     assert set(drawn) == {template.replace("{label}", "red cars") for template in TEMPLATES["point"]}
-    assert drawn == [draw(texts, np.random.default_rng([7, n]))[0] for n in range(100)]
+    assert drawn == [write(conversation, PLAIN, np.random.default_rng([7, n]))[0] for n in range(100)]
 
 
 @pytest.mark.parametrize("style", ["qa", "scene_point", "a style of mine"])
 def test_text_is_used_as_it_is(style):
     for rng in (None, np.random.default_rng(0)):
-        texts = draw(choices(asked("What {label} is THIS?", "A cat.", style), *PLAIN), rng)
+        texts = write(asked("What {label} is THIS?", "A cat.", style), PLAIN, rng)
         assert texts == ["What {label} is THIS?", " A cat."]
 
 
 @pytest.mark.parametrize("style", ["qa", "chat", "scene_qa", "chart_qa", "mine"])
 def test_without_text_and_template(style):
     with pytest.raises(DataError, match=f"style '{style}' has no text"):
-        choices(asked(None, "yes", style), *PLAIN)
+        choices(asked(None, "yes", style), PLAIN)
 
 
 def test_without_the_label_that_a_template_needs():
     with pytest.raises(DataError, match="'point' has neither text nor the label"):
-        choices(asked(None, "yes", "point"), *PLAIN)
-    choices(asked(None, "a cat", "caption"), *PLAIN)
+        choices(asked(None, "yes", "point"), PLAIN)
+    choices(asked(None, "a cat", "caption"), PLAIN)
 
 
 def test_answers_with_points():
@@ -74,9 +67,9 @@ def test_formats_of_several_turns():
     turns = ("First?", "One.", "Second?", "Two.")
     messages = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns))
     talk = Conversation("chat", messages)
-    assert draw(choices(talk, *PLAIN), None) == ["First?", " One.", " Second?", " Two."]
-    assert draw(choices(talk, SystemPrompt.style, MessageFormat.none), None)[::2] == ["chat: First?", " Second?"]
-    assert draw(choices(talk, SystemPrompt.style, MessageFormat.role), None) == [
+    assert write(talk, PLAIN) == ["First?", " One.", " Second?", " Two."]
+    assert write(talk, PromptFormat(SystemPrompt.style))[::2] == ["chat: First?", " Second?"]
+    assert write(talk, PromptFormat(SystemPrompt.style, MessageFormat.role)) == [
         "User: chat: First? Assistant:",
         " One.",
         " User: Second? Assistant:",
@@ -86,7 +79,7 @@ def test_formats_of_several_turns():
 
 def test_chatml():
     talk = Conversation("chat", tuple(Message(("user", "assistant")[i % 2], str(i)) for i in range(4)))
-    texts = draw(choices(talk, SystemPrompt.style, MessageFormat.chatml), None)
+    texts = write(talk, PromptFormat(SystemPrompt.style, MessageFormat.chatml))
     assert texts == [
         "<|im_start|>user\nchat: 0<|im_end|>\n<|im_start|>assistant\n",
         "1",
@@ -99,7 +92,7 @@ def test_chatml():
 
 def written(vocabulary, conversation) -> list[int]:
     """The tokens of a conversation as the preprocessor joins them."""
-    texts = draw(choices(conversation, SystemPrompt.none, MessageFormat.chatml), None)
+    texts = write(conversation, PromptFormat(message_format=MessageFormat.chatml))
     return [i for n, text in enumerate(texts) for i in [*vocabulary.encode(text), *[vocabulary.eos_id] * (n % 2)]]
 
 
@@ -133,9 +126,7 @@ def test_data_cannot_forge_a_turn(chat_tokenizer, forged):
 
     assert specials(forged, forged) == specials("a", "b")
     assert len(specials("a", "b")) == 4
-    whole = draw(choices(Conversation("chat", (Message("user", "a"),)), SystemPrompt.none, MessageFormat.chatml), None)[
-        0
-    ]
+    whole = write(asked("a", "b"), PromptFormat(message_format=MessageFormat.chatml))[0]
     assert not set(vocabulary.encode(str(whole))) & special  # the same characters, as data
 
 

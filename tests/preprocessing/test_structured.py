@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from molmo_model.data.example import Conversation, Message
 from molmo_model.errors import DataError
-from molmo_model.model_config import MessageFormat, PointFormat
+from molmo_model.model_config import PointFormat
 from molmo_model.preprocessing import prompts
 from molmo_model.preprocessing.points import (
     NO_POINTS,
@@ -158,7 +158,7 @@ def test_anything_can_be_read(text):
 def test_the_models_format_decides_what_is_taught():
     message = Message("assistant", points=((50.0, 12.0),), label="Cat")
     conversation = Conversation("point", (Message("user", "Where?"), message))
-    texts = prompts.choices(conversation, prompts.SystemPrompt.none, MessageFormat.none, PointFormat.html_v2)
+    texts = prompts.choices(conversation, prompts.PromptFormat(point_format=PointFormat.html_v2))
     assert texts[-1] == (' <points coords="1 1 500 120">cat</points>',)
 
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from molmo_model.config import params_from_dict
 from molmo_model.data.example import Conversation, Example, Message
 from molmo_model.errors import ConfigError, DataError
-from molmo_model.model_config import MessageFormat
+from molmo_model.model_config import MessageFormat, PromptTemplates, SystemPrompt
 from molmo_model.nn.build import build_model
 from molmo_model.preprocessing.image import decode_image
 from molmo_model.preprocessing.preprocessor import Preprocessor
 from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
-from molmo_model.preprocessing.prompts import SystemPrompt
+from molmo_model.preprocessing.system_prompts import default_style
 from molmo_model.preprocessing.tokenizer import load_tokenizer
 from molmo_model.processing import IMAGE, MolmoProcessor, as_image
 from molmo_model.source_digest import ROOT
@@ -54,7 +54,7 @@ def messages_of(texts: list[str], images: list[Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("turns", [1, 3, 5])
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("message_format", list(MessageFormat))
-@pytest.mark.parametrize("system_prompt", list(SystemPrompt))
+@pytest.mark.parametrize("system_prompt", [SystemPrompt.none, SystemPrompt.style])
 def test_the_template_s_text_has_the_preprocessor_s_tokens(
     turns: int, count: int, message_format: MessageFormat, system_prompt: SystemPrompt
 ) -> None:
@@ -77,6 +77,45 @@ def test_the_template_s_text_has_the_preprocessor_s_tokens(
     assert direct.keys() == found.keys()
     for name in direct:
         assert torch.equal(direct[name], found[name]), name
+
+
+STYLES = [
+    "qa",
+    "long_caption",
+    "user_qa",
+    "vqa2",
+    "eval_short_answer",
+    "science_qa",
+    "cosyn_chart_exp",
+    "pointing",
+    None,
+]
+
+
+@pytest.mark.parametrize("system_prompt", list(SystemPrompt))
+@pytest.mark.parametrize("words", [PromptTemplates.none, PromptTemplates.uber_model, PromptTemplates.uber_model_v2])
+def test_styles_lengths_and_options_in_text_are_those_in_tokens(
+    system_prompt: SystemPrompt, words: PromptTemplates
+) -> None:
+    """Text and tokens of one request agree, and the tokens are those of an evaluation of the same conversation."""
+    processor = MolmoProcessor(make_preprocessor(system_prompt=system_prompt, prompt_templates=words))
+    for style in STYLES:
+        for length in (None, 0, 7):
+            for options in ((), ("a dog", "a cat")):
+                messages = [{"role": "user", "content": "How many?", "options": options}]
+                text = processor.apply_chat_template(messages, style=style, length=length)
+                found = processor(text)["input_ids"][0].tolist()
+                direct = processor.apply_chat_template(messages, tokenize=True, style=style, length=length)
+                assert found == direct["input_ids"][0].tolist(), (style, length, options)
+                talk = Conversation(
+                    style or default_style(system_prompt),
+                    (Message("user", "How many?", options=options), Message("assistant", "A")),
+                )
+                evaluated = processor.preprocessor.encode_prompt(Example("x", (), (talk,)), length=length)
+                assert evaluated.input_ids.tolist() == found
+    if system_prompt is SystemPrompt.style_and_length:
+        said = processor.apply_chat_template(messages_of(["Say."], []), style="long_caption", length=7)
+        assert said.endswith("long_caption 7: Say.")
 
 
 @pytest.fixture(scope="module")

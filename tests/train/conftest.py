@@ -134,14 +134,15 @@ def make_trainer(workspace: Path, one_rank: Any) -> Any:
     from molmo_model.train.job import Job
     from molmo_model.train.worker import build_trainer
     from pipelines.stage import stamp
-    from pipelines.train import STAGE
+    from pipelines.train import STAGE, shards_of
 
     def make(*overrides: str, name: str = "a", resume: Path | None = None) -> Any:
         params = load_params("params.yaml", overrides)
         job = Job(
             run="go",
             params=to_dict(params),
-            inputs=STAGE.inputs(params, {"run": "go"}),
+            inputs=STAGE.inputs(params, {"run": "go"})
+            | shards_of(params, "go", params.runtime.shards_root or "artifacts/shards"),
             out=f"{name}/out",
             work=f"{name}/work",
             stamp=stamp(STAGE, params, {"run": "go"}),

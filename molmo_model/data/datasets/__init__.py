@@ -1,34 +1,33 @@
 """Dataset families: how an entry of `datasets:` in `params.yaml` becomes examples.
 
-To add one: a file in this folder with a `make`, a `fingerprint` and an options dataclass, and a line in `FAMILIES`.
+To add a published dataset: a `Published` and a `convert` function (`published.py`), and a line in `FAMILIES`.
 Your own data needs neither: family `chat` reads a JSONL or Parquet file (`docs/guides/own_data.md`).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
-
 from molmo_model.config import DatasetConfig, lookup
-from molmo_model.data.datasets import charts, chat, digit_clips, digit_scans, digit_scenes
-from molmo_model.data.example import BadRow, Example
+from molmo_model.data.datasets import (
+    android_control,
+    chart_sets,
+    charts,
+    chat,
+    digit_clips,
+    digit_scans,
+    digit_scenes,
+    documents,
+    image_benchmarks,
+    multiple_choice,
+    pixmo,
+    pixmo_points,
+    pixmo_synthetic,
+    text_sets,
+    video_benchmarks,
+    video_sets,
+    vqa,
+)
+from molmo_model.data.datasets.family import Family
+from molmo_model.data.example import BadRow
 
-__all__ = ["FAMILIES", "BadRow", "Family", "family_of"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One way to make examples."""
-
-    make: Callable[[DatasetConfig, int], Iterator[tuple[str, Example | BadRow]]]
-    """(dataset, seed) to pairs of split (`train` or `eval`) and example or bad row; deterministic, in a fixed order."""
-    fingerprint: Callable[[DatasetConfig, int], dict[str, str]]
-    """(dataset, seed) to digests, by name, of all data that `make` would read; cheap next to `make`."""
-    options: type[Any]
-    """Dataclass of the `options:` that the family takes; anything else is refused."""
-    licence: str
-    """SPDX identifier or a short name of the licence of the data."""
-    source: str
-    """Where the data come from."""
+__all__ = ["FAMILIES", "BadRow", "Family", "family_of", "revision_of"]
 
 
 FAMILIES: dict[str, Family] = {
@@ -55,11 +54,45 @@ FAMILIES: dict[str, Family] = {
     ),
     "chat": Family(
         make=chat.make,
+        memory=chat.memory,
+        remake=chat.remake,
         fingerprint=chat.fingerprint,
         options=chat.Options,
         licence="yours",
         source="a JSONL or Parquet file of your own",
+        urls=chat.urls,
     ),
+    **vqa.FAMILIES,
+    **documents.FAMILIES,
+    **multiple_choice.FAMILIES,
+    **chart_sets.FAMILIES,
+    "pixmo_cap": pixmo.PIXMO_CAP,
+    "pixmo_points": pixmo_points.PIXMO_POINTS,
+    "pixmo_count": pixmo_points.PIXMO_COUNT,
+    "pixmo_ask_model_anything": pixmo.PIXMO_ASK_MODEL_ANYTHING,
+    "pixmo_cap_qa": pixmo.PIXMO_CAP_QA,
+    "pixmo_point_explanations": pixmo_points.PIXMO_POINT_EXPLANATIONS,
+    "pixmo_points_eval": pixmo_points.PIXMO_POINTS_EVAL,
+    "pixmo_docs": pixmo_synthetic.PIXMO_DOCS,
+    "cosyn": pixmo_synthetic.COSYN,
+    "cosyn_point": pixmo_synthetic.COSYN_POINT,
+    "pixmo_clocks": pixmo_synthetic.PIXMO_CLOCKS,
+    "tulu": text_sets.TULU,
+    "llava_video_mc": video_sets.LLAVA_VIDEO_MC,
+    "llava_video_oe": video_sets.LLAVA_VIDEO_OE,
+    "llava_video_cap": video_sets.LLAVA_VIDEO_CAP,
+    "mvbench": video_benchmarks.MVBENCH,
+    "video_mme": video_benchmarks.VIDEO_MME,
+    "perception_test": video_benchmarks.PERCEPTION_TEST,
+    "egoschema": video_benchmarks.EGOSCHEMA,
+    "next_qa": video_benchmarks.NEXT_QA,
+    "long_video_bench": video_benchmarks.LONG_VIDEO_BENCH,
+    "android_control": android_control.ANDROID_CONTROL,
+    "math_vista": image_benchmarks.MATH_VISTA,
+    "mmmu": image_benchmarks.MMMU,
+    "real_world_qa": image_benchmarks.REAL_WORLD_QA,
+    "count_bench": image_benchmarks.COUNT_BENCH,
+    "muir_bench": image_benchmarks.MUIR_BENCH,
 }
 
 
@@ -70,3 +103,12 @@ def family_of(config: DatasetConfig) -> Family:
         ConfigError: there is none of that name; lists those there are.
     """
     return lookup(FAMILIES, config.family, "dataset family")
+
+
+def revision_of(config: DatasetConfig) -> str:
+    """Which revision of its source a dataset is made of: what the params name, else what its family reads from the
+    hub; `local copy` for files whose revision nobody names, which the fingerprint identifies by their content."""
+    family = family_of(config)
+    if config.revision is not None:
+        return config.revision
+    return "local copy" if family.revision and config.path is not None else family.revision

@@ -18,17 +18,21 @@ image, directly or through other rows, always stand on the same side, and so do 
 
 import difflib
 import hashlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from molmo_model.artifacts import digest_of
 from molmo_model.config import DatasetConfig
 from molmo_model.data.datasets.chat_images import ImageSource
-from molmo_model.data.datasets.chat_rows import RawRow, RowError, read_rows
+from molmo_model.data.datasets.chat_rows import Line, RawRow, RowError, read_lines, read_rows
 from molmo_model.data.datasets.chat_videos import CLIP_FIELDS, VideoSource, split_clip
 from molmo_model.data.datasets.options import parse_options
+from molmo_model.data.datasets.sides import Sides, content_digest, drawn_side
+from molmo_model.data.downloads import Survivors, is_url
 from molmo_model.data.example import (
     SPLITS,
     BadRow,
@@ -40,7 +44,10 @@ from molmo_model.data.example import (
     is_number,
     plain_problem,
 )
+from molmo_model.data.row_memory import Outcome, RowMemory
+from molmo_model.data.shards import Unchanged
 from molmo_model.errors import ConfigError, DataError
+from molmo_model.source_digest import source_digest
 from molmo_model.storage import open_file
 
 PLACEHOLDER = "<image>"
@@ -52,6 +59,8 @@ POINT_UNITS = ("percent", "pixel")
 MAX_ID_LETTERS = 256
 STYLE = re.compile(r"[\w.:-]{1,64}")
 STYLE_RULE = "it must be a name of 1 to 64 letters, digits and _ . : -"
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""Characters that no text has: what is left over of a terminal, or of bytes that were no text."""
 FIELDS = (
     "id",
     "images",
@@ -97,101 +106,157 @@ def make(config: DatasetConfig, seed: int) -> Iterator[tuple[str, Example | BadR
         DataError: the file holds no rows, or is broken as a whole.
         StorageError: the file cannot be opened.
     """
+    for split, row in remake(config, seed, RowMemory(None, "")):
+        if not isinstance(row, Unchanged):  # nothing is where nothing is remembered
+            yield split, row
+
+
+def remake(config: DatasetConfig, seed: int, memory: RowMemory) -> Iterator[tuple[str, Example | BadRow | Unchanged]]:
+    """As `make`, but rows that are known and whose examples the previous artefact holds are not read again."""
     options = parse_options(Options, config)
     path, images = _path(config), ImageSource(config)
     videos = VideoSource(images)
-    sides = _Sides(config.eval_fraction)
+    sides = Sides(config.eval_fraction)
     rows = 0
-    for row in read_rows(path):
-        sides.learn(row, images)
+    for line in read_lines(path):
+        _learn(sides, line, images, memory)
         rows += 1
     if not rows:
         raise DataError(f"{path} holds no rows")
-    room = {"train": config.train_examples, "eval": config.eval_examples}
+    limits = {"train": config.train_examples, "eval": config.eval_examples}
+    room = {split: math.inf if limit is None else limit for split, limit in limits.items()}
     lines: dict[str, int] = {}
-    for row in read_rows(path):
-        name = _readable_id(row)
+    for line in read_lines(path):
+        place, known = _recall(line, images, memory)
+        name = None if known is None else known.id
+        example: Example | Unchanged | None = None
         try:
-            if row.error is not None:
-                raise row.error
-            example = _example(row.fields, images, videos, options)
-            if example.id in lines:
-                raise RowError("id", f"stands in line {lines[example.id]} already; ids must be unique")
-            split = sides.side(example, row.fields.get("split"))
+            if known is None:
+                row = line.parse()
+                name = _readable_id(row)
+                example = _made(row, images, videos, options)
+                known = Outcome(example.id, len(example.files), row.fields.get("split"), content_digest(example))
+            if known.id in lines:
+                raise RowError("id", f"stands in line {lines[known.id]} already; ids must be unique")
+            split = _side(sides, known)
+            if example is None and room[split] > 0:
+                example = memory.unchanged(known) or _made(line.parse(), images, videos, options)
         except (RowError, ExampleError) as error:
-            yield "train", BadRow(path, row.line, name, error.field, error.reason)
+            is_known = isinstance(error, RowError) and error.known
+            yield "train", BadRow(path, line.number, name, error.field, error.reason, is_known)
             continue
-        lines[example.id] = row.line
-        if (left := room[split]) is None or left > 0:
-            room[split] = None if left is None else left - 1
+        lines[known.id] = line.number
+        if isinstance(example, Example):
+            _remember(memory, line, example, known, images, room[split] > 0)
+        elif place is not None:
+            memory.keep(place)
+        if example is not None and room[split] > 0:
+            room[split] -= 1
             yield split, example
 
 
 def fingerprint(config: DatasetConfig, seed: int) -> dict[str, str]:
     """Digests of the file and of all images that it names."""
-    path, images = _path(config), ImageSource(config)
+    path, images, rows = _path(config), ImageSource(config), memory(config)
     digest = hashlib.sha256()
     with open_file(path, "rb") as file:
         while part := file.read(2**20):
             digest.update(part)
-    names = {name for row in read_rows(path) for item in _file_items(row.fields) if (name := images.name(item))}
-    return {path: digest.hexdigest(), f"{path} images": digest_of({name: images.digest(name) for name in names})}
+    names: dict[str, None] = {}
+    for line in read_lines(path):
+        place = rows.find(line.sha256)
+        names.update(dict.fromkeys(_names(line.parse(), images) if place is None else rows.names(place)))
+    # the file's own digest says which names these are
+    found = {path: digest.hexdigest(), f"{path} images": digest_of([images.digest(name) for name in names])}
+    return found if config.downloads is None else found | {config.downloads: Survivors(config.downloads).digest()}
 
 
-class _Sides:
-    """Which side, training or evaluation, every image belongs to.
+def memory(config: DatasetConfig) -> RowMemory:
+    """What is remembered of the rows of a file, as this code and these options read them."""
+    path, images = _path(config), ImageSource(config)
+    code = [source_digest(module, parents=False) for module in (__name__, "molmo_model.data.shards")]
+    decoders = [version("pillow"), version("av")]
+    options = [config.options, config.max_image_pixels, config.downloads]
+    return RowMemory.of(path, [code, decoders, options, images.root])
 
-    Images that stand in one row are joined, so that they and whatever they are joined to get one side: that which a row
-    of theirs asks for, else by a hash of the smallest digest among them.
-    """
 
-    def __init__(self, eval_fraction: float) -> None:
-        self.eval_fraction = eval_fraction
-        self._parents: dict[str, str] = {}
-        self._asked: dict[str, str] = {}
+def _recall(line: Line, images: ImageSource, memory: RowMemory) -> tuple[int | None, Outcome | None]:
+    """The place of a row in the memory, and what it became, if neither its text nor its files have changed."""
+    place = memory.find(line.sha256)
+    if place is None:
+        return None, None
+    return place, memory.recall(place, [images.digest(name) for name in memory.names(place)])
 
-    def learn(self, row: RawRow, images: ImageSource) -> None:
-        """Takes in what a row says of its images. Most rows, with one image and no `split`, say nothing; only the
-        others are read here, a first time."""
-        items, asked = _file_items(row.fields), row.fields.get("split")
-        if len(items) < 2 and asked is None:
+
+def _remember(
+    memory: RowMemory, line: Line, example: Example, known: Outcome, images: ImageSource, written: bool
+) -> None:
+    """Remembers what a row became, unless a file of it changed while it was read."""
+    if memory.path is None or line.sha256 is None:
+        return
+    names = _names(line.parse(), images)
+    digests = [images.digest(name) for name in names]
+    if {file.sha256 for file in example.files}.issuperset(digests):
+        memory.learn(line.sha256, names, digests, known, written)
+
+
+def _names(row: RawRow, images: ImageSource) -> list[str]:
+    """The files that a row names, in order."""
+    return [name for item in _file_items(row.fields) if (name := images.name(item))]
+
+
+def _made(row: RawRow, images: ImageSource, videos: VideoSource, options: Options) -> Example:
+    """The example of a row; raises what is wrong with it."""
+    if row.error is not None:
+        raise row.error
+    return _example(row.fields, images, videos, options)
+
+
+def urls(config: DatasetConfig) -> Iterator[tuple[str, str | None]]:
+    """The images and films that rows name by URL, in order, for `python -m pipelines.download`; nothing is said of
+    their content."""
+    path, images = _path(config), ImageSource(config)
+    for row in read_rows(path):
+        for item in _file_items(row.fields):
+            if (name := images.name(item)) is not None and is_url(name):
+                yield name, None
+
+
+def _learn(sides: Sides, line: Line, images: ImageSource, memory: RowMemory) -> None:
+    """Takes in what a row says of the sides of its images. Most rows, with one image and no `split`, say nothing; only
+    the others are read here, a first time."""
+    place = memory.find(line.sha256)
+    if place is not None and not memory.joins(place):
+        return
+    if place is not None:
+        digests = [images.digest(name) for name in memory.names(place)]
+        known = memory.recall(place, digests)
+        if known is not None and known.files == len(digests):
+            sides.join(digests, known.asked)
             return
-        try:
-            digests = [hashlib.sha256(images.read(item, "")).hexdigest() for item in items]
-        except RowError:
-            return  # a bad row, told when it is made
-        roots = sorted({self._root(digest) for digest in digests})
-        for other in roots[1:]:
-            self._parents[other] = roots[0]
-            if other in self._asked:
-                self._asked.setdefault(roots[0], self._asked.pop(other))
-        if roots and asked in SPLITS:
-            self._asked.setdefault(roots[0], asked)
+    row = line.parse()
+    items, asked = _file_items(row.fields), row.fields.get("split")
+    if len(items) < 2 and asked is None:
+        return
+    try:
+        digests = [hashlib.sha256(images.read(item, "")).hexdigest() for item in items]
+    except RowError:
+        return  # a bad row, told when it is made
+    sides.join(digests, asked if asked in SPLITS else None)
 
-    def side(self, example: Example, asked: str | None) -> str:
-        """The side of an example.
 
-        Raises:
-            RowError: the row asks for another side than the one that its images are on already.
-        """
-        if not example.files:
-            # equal texts go to one side too
-            texts = [[message.role, message.text] for message in example.conversations[0].messages]
-            return asked or self._drawn(digest_of(texts))
-        root = self._root(example.files[0].sha256)
-        side = self._asked.get(root) or self._drawn(root)
-        if asked is not None and asked != side:
-            raise RowError("split", f"is {asked!r}, but another row put an image of this one into {side!r}")
-        return side
+def _side(sides: Sides, row: Outcome) -> str:
+    """The side of an example.
 
-    def _root(self, digest: str) -> str:
-        while (parent := self._parents.get(digest, digest)) != digest:
-            digest = parent
-        return digest
-
-    def _drawn(self, digest: str) -> str:
-        share = int.from_bytes(hashlib.sha256(f"side {digest}".encode()).digest()[:8], "big") / 2**64
-        return "eval" if share < self.eval_fraction else "train"
+    Raises:
+        RowError: the row asks for another side than the one that its images are on already.
+    """
+    if not row.files:
+        return row.asked or drawn_side(row.content, sides.eval_fraction)
+    side = sides.side(row.content)
+    if row.asked is not None and row.asked != side:
+        raise RowError("split", f"is {row.asked!r}, but another row put an image of this one into {side!r}")
+    return side
 
 
 def _path(config: DatasetConfig) -> str:
@@ -385,6 +450,8 @@ def _message(role: Any, text: Any, where: str, role_field: str, text_field: str)
             )
     if problem := plain_problem(text, f"{where}.{text_field}"):
         raise RowError(*problem)
+    if found := CONTROL.search(text):
+        raise RowError(f"{where}.{text_field}", f"holds the control character U+{ord(found[0]):04X}")
     return Message(role, text.strip())
 
 

@@ -1,9 +1,11 @@
 """Reads the rows of a user's JSONL or Parquet file, and tells every row that cannot be read."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from functools import partial
+from typing import IO, Any, NamedTuple
 
 from molmo_model.errors import ConfigError, DataError
 from molmo_model.storage import open_file
@@ -15,11 +17,17 @@ PARQUET_BATCH = 64
 
 
 class RowError(Exception):
-    """A row is bad: the field at fault and the reason. Becomes a `BadRow`, never leaves the family."""
+    """A row is bad: the field at fault and the reason. Becomes a `BadRow`, never leaves the family.
 
-    def __init__(self, field: str, reason: str) -> None:
+    Args:
+        known: already accounted for elsewhere, as a dead link in the list of downloads; see `BadRow.known`.
+        rows: of a group of rows that become one example, the numbers of those at fault: the first is told, the example
+            is made without them. Empty is the group as a whole.
+    """
+
+    def __init__(self, field: str, reason: str, known: bool = False, rows: tuple[int, ...] = ()) -> None:
         super().__init__(f"{field} {reason}")
-        self.field, self.reason = field, reason
+        self.field, self.reason, self.known, self.rows = field, reason, known, rows
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,23 @@ class RawRow:
     error: RowError | None = None
 
 
+class Line(NamedTuple):
+    """One row of the file, not parsed yet."""
+
+    number: int
+    """1-based, as `RawRow.line`."""
+    sha256: bytes | None
+    """Of its text, or of all values of a Parquet file's row; None: it cannot be read."""
+    parse: Callable[[], RawRow]
+
+
 def read_rows(path: str) -> Iterator[RawRow]:
-    """All rows of a file, in order; blank lines are passed over.
+    """All rows of a file, in order; blank lines are passed over. Raises what `read_lines` does."""
+    return (line.parse() for line in read_lines(path))
+
+
+def read_lines(path: str) -> Iterator[Line]:
+    """All rows of a file before they are parsed, in order; blank lines are passed over.
 
     Raises:
         ConfigError: the file's name ends neither with `.jsonl` nor with `.parquet`.
@@ -42,7 +65,8 @@ def read_rows(path: str) -> Iterator[RawRow]:
     """
     if path.endswith(".jsonl"):
         with open_file(path, "rb") as file:
-            yield from _read_jsonl(file)
+            # the file itself of one of this machine: a wrapper around it takes longer than to read a line
+            yield from _read_jsonl(getattr(file, "f", file))
     elif path.endswith(".parquet"):
         with open_file(path, "rb") as file:
             yield from _read_parquet(file, path)
@@ -50,19 +74,20 @@ def read_rows(path: str) -> Iterator[RawRow]:
         raise ConfigError(f"dataset path {path!r} must end with .jsonl or .parquet")
 
 
-def _read_jsonl(file: IO[bytes]) -> Iterator[RawRow]:
+def _read_jsonl(file: IO[bytes]) -> Iterator[Line]:
     number = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(line) > MAX_LINE_BYTES:
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
-            yield RawRow(number, {}, RowError("row", f"is longer than {MAX_LINE_BYTES} bytes"))
+            too_long = RowError("row", f"is longer than {MAX_LINE_BYTES} bytes")
+            yield Line(number, None, partial(RawRow, number, {}, too_long))
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
         if line.strip():
-            yield _parse(number, line)
+            yield Line(number, hashlib.sha256(line).digest(), partial(_parse, number, line))
 
 
 def _parse(number: int, line: bytes) -> RawRow:
@@ -92,7 +117,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _read_parquet(file: IO[bytes], path: str) -> Iterator[RawRow]:
+def _read_parquet(file: IO[bytes], path: str) -> Iterator[Line]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -101,7 +126,10 @@ def _read_parquet(file: IO[bytes], path: str) -> Iterator[RawRow]:
         for batch in pq.ParquetFile(file).iter_batches(batch_size=PARQUET_BATCH):
             for i in range(batch.num_rows):
                 number += 1
-                yield _parquet_row(number, batch.slice(i, 1))
+                row = batch.take(pa.array([i]))  # a copy: a slice is serialised with some of its neighbours
+                text = hashlib.sha256(batch.schema.serialize())
+                text.update(row.serialize())
+                yield Line(number, text.digest(), partial(_parquet_row, number, row))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet after row {number}: {error}") from error
 
