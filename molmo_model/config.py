@@ -211,9 +211,9 @@ class TrainConfig:
     """Tokens of one pack."""
     crops_per_pack: int = MISSING
     """Most image crops of one pack."""
-    packing_window: int = 256
+    packing_window: int = 4096
     """Examples of the global stream that are packed together."""
-    packing: PackingMethod = PackingMethod.best_fit
+    packing: PackingMethod = PackingMethod.balanced
     save_every: int = MISSING
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int | None = None

@@ -110,6 +110,8 @@ def write(params: Any, options: dict[str, str], ids: Sequence[str]) -> Path:
     reader = ShardReader(f"artifacts/shards/{name}")
     run = options.get("run")
     if run is None:
+        if not params.models:
+            raise ConfigError("the params name no model, whose preprocessing decides what the page shows; add one")
         model = options.get("model", next(iter(params.models)))
         lookup(params.models, model, "model")
         start = Path("artifacts/checkpoints") / model / "step-000000"
@@ -210,7 +212,7 @@ def _facts(reader: "ShardReader", run: str | None, start: Path) -> dict[str, Any
     for name, value in summary.items():
         if isinstance(value, dict):
             facts[name.replace("_", " ")] = ", ".join(f"{key} {number}" for key, number in value.items()) or "none"
-        else:
+        elif value != "":
             facts[name.replace("_", " ")] = value
     return facts | {"run": run or "none", "preprocessing": str(start)}
 

@@ -33,6 +33,9 @@ POINT_MARK = "<|POINT|>"
 
 MAX_OPTIONS = 26
 """Choices of one question: they are lettered from A to Z."""
+UNLABELLED_STYLES = frozenset({"ai2_diagram_no_letter"})
+"""Styles whose choices are written without letters, and whose answer is the choice itself: in AI2D they are letters
+that stand in the diagram."""
 
 Point = tuple[float, float]
 """x from the left and y from the top, in percent of the image's width and height."""
@@ -130,8 +133,8 @@ class Message:
     """Texts that could stand in place of `text`, each as good."""
     options: tuple[str, ...] = ()
     """Choices that a user's question offers, in order; `prompts` writes them behind the question as `A: ...`. The
-    assistant's text is then the letter of the right one; in a style of `templates.UNLABELLED_STYLES` the choices have
-    no letters, and it is the choice itself."""
+    assistant's text is then the letter of the right one; in one of the `UNLABELLED_STYLES` the choices have no letters,
+    differ, and it is the choice itself."""
     explanation: str | None = None
     """Reasoning in front of an assistant's text, which is then the short answer."""
     inline: tuple[InlinePoints, ...] = ()
@@ -374,7 +377,11 @@ def _check_conversation(conversation: Conversation, has_image: bool, name: str, 
             )
         _check_message(message, has_image, name, field_name)
         if i % 2 and (offered := messages[i - 1].options):
-            _check_choice(message, offered, name, field_name)
+            _check_choice(message, offered, conversation.style in UNLABELLED_STYLES, name, field_name)
+        if conversation.style in UNLABELLED_STYLES and (equal := equal_options(message.options)):
+            _refuse(
+                name, f"{field_name}.options[{equal[1]}]", f"is options[{equal[0]}] again, and no letters part them"
+            )
 
 
 def _check_message(message: Message, has_image: bool, name: str, where: str) -> None:
@@ -402,12 +409,22 @@ def _check_message(message: Message, has_image: bool, name: str, where: str) -> 
     _check_points(message.points, name, f"{where}.points")
 
 
-def _check_choice(message: Message, offered: tuple[str, ...], name: str, where: str) -> None:
+def _check_choice(message: Message, offered: tuple[str, ...], unlabelled: bool, name: str, where: str) -> None:
     """The answer to a question with options is one of them, or the letter of one."""
-    letters = [chr(ord("A") + i) for i in range(len(offered))]
+    letters = [] if unlabelled else [chr(ord("A") + i) for i in range(len(offered))]
     for text in (message.text, *message.alternatives):
-        if text not in letters and text not in offered:
-            _refuse(name, f"{where}.text", f"is {text!r}, none of the options and no letter from A to {letters[-1]}")
+        if text in letters:
+            continue
+        if text not in offered:
+            known = "" if unlabelled else f" and no letter from A to {letters[-1]}"
+            _refuse(name, f"{where}.text", f"is {text!r}, none of the options{known}")
+        if offered.count(text) > 1:
+            _refuse(name, f"{where}.text", f"is {text!r}, which {offered.count(text)} options are; name its letter")
+
+
+def equal_options(options: Sequence[str]) -> tuple[int, int] | None:
+    """The places of the first two choices that are the same; None where all differ."""
+    return next(((options.index(one), i) for i, one in enumerate(options) if one in options[:i]), None)
 
 
 def _check_texts(message: Message, name: str, where: str) -> None:
@@ -425,9 +442,6 @@ def _check_texts(message: Message, name: str, where: str) -> None:
         _refuse(name, f"{where}.options", "belong to a user's turn with a text")
     if not 0 <= len(message.options) <= MAX_OPTIONS or len(message.options) == 1:
         _refuse(name, f"{where}.options", f"are {len(message.options)}; a question offers 2 to {MAX_OPTIONS}")
-    for i, value in enumerate(message.options):
-        if value in message.options[:i]:
-            _refuse(name, f"{where}.options[{i}]", f"is {value!r} as options[{message.options.index(value)}] is")
 
 
 def _check_answer_parts(message: Message, name: str, where: str) -> None:

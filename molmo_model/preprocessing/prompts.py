@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from molmo_model.data.example import POINT_MARK, Conversation, Message
+from molmo_model.data.example import POINT_MARK, UNLABELLED_STYLES, Conversation, Message
 from molmo_model.errors import DataError
 from molmo_model.model_config import (
     CHATML_END,
@@ -47,7 +47,6 @@ from molmo_model.preprocessing.templates import (
     QUESTION_TEMPLATES,
     TEMPLATES,
     UNLABELLED_LAYOUTS,
-    UNLABELLED_STYLES,
     fill,
     is_counting,
 )

@@ -226,10 +226,6 @@ def is_counting(question: str) -> bool:
 
 # --- choices
 
-UNLABELLED_STYLES = frozenset({"ai2_diagram_no_letter"})
-"""Styles whose choices are written without letters, and whose answer is the choice itself: in AI2D they are letters
-that stand in the diagram."""
-
 CHOICE_TEMPLATES = (
     "{question}\n{options}\nAnswer with the letter of the right option.",
     "{question}\n{options}\nWhich option is right?",

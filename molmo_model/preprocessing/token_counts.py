@@ -3,8 +3,8 @@
 What an example may cost is asked of all its possible texts, tens of them a question, and nearly all of their words are
 old ones. So the words are counted, once each: byte-level BPE, which all released families have, first cuts a text into
 words by a regular expression, and then no token crosses a cut. The expression is the tokenizer's own, in Python's
-notation; the words' tokens are counted by the tokenizer's own model. Whatever this cannot be sure to repeat, another kind
-of tokenizer or letters beyond Latin 1, is left to the tokenizer.
+notation; the words' tokens are counted by the tokenizer's own model. Whatever this cannot be sure to repeat, another
+kind of tokenizer or letters beyond Latin 1, is left to the tokenizer.
 """
 
 import json

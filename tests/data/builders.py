@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image as PilImage
 
-from molmo_model.config import MixtureEntry, TrainConfig
+from molmo_model.config import MixtureEntry, PackingMethod, TrainConfig
 from molmo_model.data.example import Conversation, Example, Image, Message
 from molmo_model.data.mixture import ExampleCost, Mixture, resolve
 from molmo_model.data.plan import Plan
@@ -47,7 +47,14 @@ def cost_of(facts: Example) -> ExampleCost:
 
 
 def train_config(**changes: int) -> TrainConfig:
-    numbers = {"steps": 10, "packs_per_step": 5, "sequence_length": 160, "crops_per_pack": 12, "packing_window": 32}
+    numbers = {
+        "steps": 10,
+        "packs_per_step": 5,
+        "sequence_length": 160,
+        "crops_per_pack": 12,
+        "packing_window": 32,
+        "packing": PackingMethod.best_fit,
+    }
     return TrainConfig(**{**numbers, "save_every": 5, **changes})
 
 

@@ -182,6 +182,11 @@ def test_ok_vqa_as_its_makers_publish_it(tmp_path: Path) -> None:
         texts = {"questions": [question] * rows, "annotations": [annotation] * rows}
         for kind, name in (("questions", "OpenEnded_mscoco"), ("annotations", "mscoco")):
             (tmp_path / f"{name}_{split}2014_{kind}.json").write_text(json.dumps({kind: texts[kind]}))
+            other = {kind: [row | {"question_id": 77} for row in texts[kind]]}  # VQAv2 beside it, for the same pictures
+            (tmp_path / f"v2_{name}_{split}2014_{kind}.json").write_text(json.dumps(other))
+        (tmp_path / f"v2_mscoco_{split}2014_complementary_pairs.json").write_text("[[51, 77]]")
+    both = read("vqa_v2_coco", tmp_path)
+    assert not bad(both) and [talk.metadata["question_id"] for _, _, (talk,) in talks(both).values()] == [77]
     made = talks(read("ok_vqa_coco", tmp_path))
     facts = {"question_id": 51, "question_type": "one", "answer_type": "other", "image_id": 5}
     assert made == {"5": ("train", png(5), (ask("okvqa", "Which?", "racing", {"answers": ["racing"]} | facts),))}

@@ -116,6 +116,25 @@ def test_llava(folder):
     assert example.conversations[0].style == "chat"
 
 
+def test_options_alternatives_and_explanations_belong_to_the_last_turns(folder):
+    options = ["tea", " A cup. ", "C"]
+    rows = [
+        row(id="text", messages=TALK * 2, options=options, alternatives=["A", "C"], explanation=" So. "),
+        row(id="letter", messages=[TALK[0], {"role": "assistant", "content": "B"}], options=options),
+        row(id="unlabelled", options=options, style="ai2_diagram_no_letter"),
+        row(id="words", alternatives=["cup", " A  cup"], explanation=None, options=None),
+    ]
+    made = {one.id: one.conversations[0].messages for _, one in read(folder, *rows)}
+    question, answer = made["text"][-2:]
+    assert (question.text, question.options) == ("What is it?", ("tea", "A cup.", "C"))
+    assert (answer.text, answer.alternatives, answer.explanation) == ("B", ("A", "C"), "So.")
+    assert not made["text"][0].options and made["text"][1].explanation is None
+    assert (made["letter"][0].options, made["letter"][1].text) == (question.options, "B")
+    assert made["unlabelled"][1].text == "A cup."
+    answer = made["words"][1]
+    assert (answer.text, answer.alternatives, answer.explanation) == ("A cup.", ("cup", "A  cup"), None)
+
+
 def test_points_in_percent_and_pixels(folder):
     question = TALK[:1]
     rows = [
@@ -259,6 +278,26 @@ BAD = [
     (row(messages=TALK[:1], points=[[1, 2]], points_unit="mm", label="x"), "points_unit", "percent, pixel"),
     (row(messages=TALK[:1], points=[[1, 2]], images=..., label="x"), "points", "exactly one image"),
     (row(label="x"), "label", "without `points`"),
+    (row(options="A cup."), "options", "is a str; it must be a list of texts"),
+    (row(options=["A cup."]), "options", "are 1; a question offers 2 to 26"),
+    (row(options=[]), "options", "are 0"),
+    (row(options=[*map(str, range(26)), "A cup."]), "options", "are 27"),
+    (row(options=["A cup.", " A cup. "]), r"options[1]", "is 'A cup.', as options.0. is"),
+    (row(options=["A cup.", None]), "options[1]", "is empty"),
+    (row(options=["A cup.", 7]), "options[1]", "no text"),
+    (row(options=["A cup.", "a\x07"]), "options[1]", "control character"),
+    (row(options=["A cup.", "<image>"]), "options[1]", "has <image> as text"),
+    (row(options=["cup", "tea"]), "options", "answer 'A cup.', which is none of the options, nor a letter from A to B"),
+    (row(options=["A cup.", "B"], alternatives=["b"]), "alternatives[0]", "'b', which is none of the options"),
+    (row(options=["A cup.", "A"], alternatives=["A"]), "alternatives[0]", "letter of one .* and the text of another"),
+    (row(options=["A cup.", "B."], alternatives=["A"], style="ai2_diagram_no_letter"), "alternatives[0]", "options$"),
+    (row(alternatives="cup"), "alternatives", "is a str; it must be a list of texts"),
+    (row(alternatives=["cup", ""]), "alternatives[1]", "is empty"),
+    (row(alternatives=["\ud800"]), "alternatives[0]", "surrogate"),
+    (row(explanation=" "), "explanation", "is empty"),
+    (row(explanation=["so"]), "explanation", "no text"),
+    (row(messages=TALK[:1], points=[[1, 2]], label="x", explanation="so"), "explanation", "stands beside `points`"),
+    (row(messages=TALK[:1], points=[[1, 2]], label="x", options=["a", "b"]), "options", "stands beside `points`"),
     (row(weight=0), "weight", "above 0"),
     (row(weight="1"), "weight", "above 0"),
     (row(weight=float("nan")), "weight", "above 0"),
@@ -562,5 +601,5 @@ def test_the_guide_is_true(tmp_path):
         == 0.02
     )
     for field in re.findall(r"`(\w+)`", guide.split("| field |")[1].split("A field with null")[0]):
-        known = {*rows[0], "image", "conversations", "points", "label", "points_unit", "style", "weight", "metadata"}
-        assert field in known | {"split", "chat", "train", "eval", "videos", "video", "clip_start", "clip_end"}
+        known = {name for row in rows for name in row}
+        assert field in known | {"points_unit", "chat", "train", "eval"}

@@ -187,6 +187,35 @@ def test_refuses_parts_of_an_answer_that_do_not_fit(answer, field):
     assert error.value.field == f"conversations[0].messages[1].{field}"
 
 
+def choosing(answer, options, style="science_qa", **more):
+    """A question with choices."""
+    turns = (Message("user", "which?", options=options), Message("assistant", answer, **more))
+    return Conversation(style, turns)
+
+
+def test_equal_options_are_told_apart_by_their_letters():
+    """Published benchmarks repeat choices by mistake; their right letter is still one."""
+    made = example(conversations=(choosing("C", ("a cat", "a cat", "a dog"), alternatives=("a dog",)),))
+    assert Example.from_json(json.loads(json.dumps(made.to_json())), [PICTURE.data]) == made
+
+
+@pytest.mark.parametrize(
+    ("talk", "field", "reason"),
+    [
+        (choosing("a cat", ("a cat", "a cat")), "messages[1].text", "2 options are; name its letter"),
+        (choosing("A", ("a", "b"), alternatives=("C",)), "messages[1].text", "none of the options and no letter"),
+        (choosing("A", ("a", "b"), "ai2_diagram_no_letter"), "messages[1].text", "is 'A', none of the options$"),
+        (choosing("b", ("a", "b", "a"), "ai2_diagram_no_letter"), "messages[0].options[2]", "is options.0. again"),
+        (choosing("A", ("a",)), "messages[0].options", "2 to 26"),
+        (choosing("A", ("a", " ")), "messages[0].options[1]", "not empty"),
+    ],
+)
+def test_refuses_choices_that_do_not_fit(talk, field, reason):
+    with pytest.raises(ExampleError, match=reason) as error:
+        example(conversations=(talk,))
+    assert error.value.field == f"conversations[0].{field}"
+
+
 def test_item_ids_and_plain_values():
     assert item_id(example(), 3) == "cat-1#3"
     assert plain_problem({"a": [1, 2.5, "x", None, True, {"b": []}]}, "m") is None

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from molmo_assets import flow
+from molmo_assets.checks import RULES
 from molmo_model.artifacts import write_manifest
 from molmo_model.config import DatasetConfig, MixtureEntry, Params, RunConfig, TaskConfig
 from molmo_model.data.loader import generator
@@ -307,8 +309,6 @@ def test_near_duplicates_of_a_run_are_told(world, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert "warning: run r: train ('d1', 'd1-103') looks like eval ('d0', 'd0-20'), 4 of 64 bits and 7" in told
     assert "warning: run r: and 1 more near duplicates" in told
-    from molmo_assets import flow
-    from molmo_assets.checks import RULES
 
     item = flow.artefact("mixture", "r", params)
     results = {rule.name: rule.holds(item, params) for rule in RULES if rule.asset == "mixture"}

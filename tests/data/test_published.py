@@ -133,6 +133,9 @@ def test_single_files_and_patterns_are_divided_by_their_pictures(tmp_path: Path)
     assert {split for split, _ in make(one_sided, f"{tmp_path}/data/*.parquet")} == {"eval"}
     with pytest.raises(DataError, match="no file is named like"):
         make(PLAIN, f"{tmp_path}/nothing-*.parquet")
+    for name in ("nothing.parquet", "nothing.jsonl"):
+        with pytest.raises(DataError, match=f"{name} is no file"):
+            make(PLAIN, tmp_path / name)
 
 
 def test_json_lines_name_their_pictures_below_the_file(tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ from molmo_model.preprocessing.templates import CHOICE_LAYOUTS, TEMPLATES
 from molmo_model.preprocessing.token_counts import TokenCounts, translated
 from molmo_model.preprocessing.tokenizer import Vocabulary
 
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """How Qwen2 cuts; OLMo 2's differs in `\\p{N}{1,3}`."""
 CUTS = {
     "gpt2": pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -55,20 +53,39 @@ PARTS = st.one_of(
     st.text(st.characters(max_codepoint=0x7F), max_size=6),
     st.text(st.characters(max_codepoint=0x250, exclude_categories=["Cs"]), max_size=4),
     st.sampled_from(
-        [" ", "\n", "  ", " \n ", "\t", "\x0b", "\x1c", "'s", "'RE", "12345", "²3", "é", "…", "’s", "• ", "е́", "中文", "🙂"]
+        [
+            " ",
+            "\n",
+            "  ",
+            " \n ",
+            "\t",
+            "\x0b",
+            "\x1c",
+            "'s",
+            "'RE",
+            "12345",
+            "²3",
+            "é",
+            "…",
+            "’s",
+            "• ",
+            "е́",
+            "中文",
+            "🙂",
+        ]
     ),
     st.sampled_from(["<|end|>", "<|endoftext|>", "<tool>", '<point x="1.5" y="20.0" alt="a">a</point>', "the image?"]),
 )
 
 
 @given(st.lists(PARTS, max_size=12).map("".join))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_as_many_as_the_tokenizer_makes(vocabulary, text):
     assert vocabulary.length(text) == len(vocabulary.encode(text))
 
 
 def test_usual_texts_are_counted_by_their_words(vocabulary):
-    """Else nothing is gained: the bullets of the layouts and the quotes of captions are no reason to ask the tokenizer."""
+    """Else nothing is gained: bullets of layouts and quotes of captions are no reason to ask the tokenizer."""
     for text in ("How many “red” cats are in this café’s photo?\n• 12\n• none", " There are none."):
         assert vocabulary._counts.count(text) == len(vocabulary.encode(text))
 

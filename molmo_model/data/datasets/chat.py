@@ -9,6 +9,8 @@ A row may have films in place of images: `videos` or `video`, entries `"film.mp4
 "clip_end"}` in seconds; beside a single film the clip may stand in the row itself. Their place in messages is `{"type":
 "video"}`, in LLaVA's text `<video>`.
 
+The last question may have `options` to choose from, its answer `alternatives` and an `explanation` (`chat_texts`).
+
 One row is one example with one conversation. What is wrong with a row becomes a `BadRow` with file, line, id, field and
 reason; nothing is guessed and nothing is left out silently.
 
@@ -29,6 +31,7 @@ from molmo_model.artifacts import digest_of
 from molmo_model.config import DatasetConfig
 from molmo_model.data.datasets.chat_images import ImageSource
 from molmo_model.data.datasets.chat_rows import Line, RawRow, RowError, read_lines, read_rows
+from molmo_model.data.datasets.chat_texts import ANSWER_FIELDS, PARTS, PLACEHOLDERS, last_turns, row_text
 from molmo_model.data.datasets.chat_videos import CLIP_FIELDS, VideoSource, split_clip
 from molmo_model.data.datasets.options import parse_options
 from molmo_model.data.datasets.sides import Sides, content_digest, drawn_side
@@ -50,17 +53,10 @@ from molmo_model.errors import ConfigError, DataError
 from molmo_model.source_digest import source_digest
 from molmo_model.storage import open_file
 
-PLACEHOLDER = "<image>"
-"""Where LLaVA's text has an image."""
-PLACEHOLDERS = (PLACEHOLDER, "<video>")
-PARTS = ("image", "video")
-"""What messages have places for, in the order of `PLACEHOLDERS`."""
 POINT_UNITS = ("percent", "pixel")
 MAX_ID_LETTERS = 256
 STYLE = re.compile(r"[\w.:-]{1,64}")
 STYLE_RULE = "it must be a name of 1 to 64 letters, digits and _ . : -"
-CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-"""Characters that no text has: what is left over of a terminal, or of bytes that were no text."""
 FIELDS = (
     "id",
     "images",
@@ -74,6 +70,7 @@ FIELDS = (
     "points",
     "points_unit",
     "label",
+    *ANSWER_FIELDS,
     "weight",
     "style",
     "metadata",
@@ -319,6 +316,7 @@ def _example(fields: dict[str, Any], images: ImageSource, videos: VideoSource, o
         raise RowError("label" if "label" in fields else "points_unit", "stands without `points`")
     _check_turns(messages, "messages" if "messages" in fields else "conversations")
     style = _typed(fields, "style", str, options.style)
+    messages[-2:] = last_turns(fields, messages[-2], messages[-1], style)
     metadata = _metadata(fields)
     weight = fields.get("weight", 1.0)
     if not is_number(weight) or weight <= 0:
@@ -439,20 +437,7 @@ def _message(role: Any, text: Any, where: str, role_field: str, text_field: str)
     if role not in ("user", "assistant"):
         hint = "; put what it says into the first question" if role == "system" else ""
         raise RowError(f"{where}.{role_field}", f"is {role!r}, not the user or the assistant{hint}")
-    if not isinstance(text, str) or not text.strip():
-        raise RowError(
-            f"{where}.{text_field}", "is empty" if text in (None, "") or isinstance(text, str) else "is no text"
-        )
-    for kind, placeholder in zip(PARTS, PLACEHOLDERS, strict=True):
-        if placeholder in text:
-            raise RowError(
-                f"{where}.{text_field}", f'has {placeholder} as text; write {{"type": "{kind}"}} as a part instead'
-            )
-    if problem := plain_problem(text, f"{where}.{text_field}"):
-        raise RowError(*problem)
-    if found := CONTROL.search(text):
-        raise RowError(f"{where}.{text_field}", f"holds the control character U+{ord(found[0]):04X}")
-    return Message(role, text.strip())
+    return Message(role, row_text(text, f"{where}.{text_field}"))
 
 
 def _check_keys(value: Any, names: tuple[str, ...], where: str) -> None:

@@ -268,8 +268,14 @@ def _streamed(start: Callable[[], Any], where: str, advice: str) -> Iterator[Row
 
 
 def _matching(path: str) -> list[str]:
-    """The files of a pattern, sorted; a plain path is itself."""
+    """The files of a pattern, sorted; a plain path is itself.
+
+    Raises:
+        DataError: there is none, of local files.
+    """
     if not glob.has_magic(path):
+        if not is_remote(path) and not Path(path).is_file():
+            raise DataError(f"{path} is no file; set `path` of the dataset")
         return [path]
     if is_remote(path):
         folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]

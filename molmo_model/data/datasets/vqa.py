@@ -177,7 +177,7 @@ FAMILIES: dict[str, Family] = {
             card="https://visualqa.org/download.html",
             splits={"train": "train2014", "eval": "val2014"},
             by_hand=COCO_2014.format(what="VQA v2.0", page="visualqa.org"),
-            files={split: f"v2_*mscoco_{split}_*.json" for split in ("train2014", "val2014")},
+            files={split: f"v2_*mscoco_{split}_[aq]*.json" for split in ("train2014", "val2014")},
         ),
         trees("vqa2", _coco, _vote),
         options=Options,
@@ -203,7 +203,8 @@ FAMILIES: dict[str, Family] = {
             card="https://okvqa.allenai.org/download.html",
             splits={"train": "train2014", "eval": "val2014"},
             by_hand=COCO_2014.format(what="OK-VQA v1.1", page="okvqa.allenai.org"),
-            files={split: f"*mscoco_{split}_*.json" for split in ("train2014", "val2014")},
+            # not those of VQAv2, which may lie in the same folder, beside the same pictures
+            files={split: f"[!v]*scoco_{split}_[aq]*.json" for split in ("train2014", "val2014")},
         ),
         trees("okvqa", _coco, _vote),
         options=Options,
