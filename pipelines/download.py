@@ -38,7 +38,7 @@ from urllib.parse import urlsplit
 from molmo_model.artifacts import file_sha256
 from molmo_model.errors import ConfigError, DataError
 from molmo_model.storage import is_remote, open_file
-from pipelines.stage import exit_on_error, option
+from pipelines.stage import arguments, exit_on_error, option
 
 if TYPE_CHECKING:
     from molmo_model.config import DatasetConfig
@@ -335,9 +335,7 @@ def _change(before: "Download", now: "Download") -> str:
 
 def main(argv: Sequence[str] | None = None, loopback: bool = False) -> None:
     """The command line. `loopback` is for tests, which ask their own server: see `download`."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or "-h" in argv or "--help" in argv:
-        print((__doc__ or "").strip())
+    if not (argv := arguments(argv, __doc__)):
         return
     with exit_on_error("download"):
         # whoever cancels a run sends SIGTERM: that stops it like Ctrl-C

@@ -12,12 +12,11 @@ encoders than SigLIP, attention within each image, ...) is refused by name. Not 
 Exit codes: 0 written, 2 refused with a message.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from molmo_model.errors import ConfigError
-from pipelines.stage import checkpoint_folder, exit_on_error, option
+from pipelines.stage import arguments, checkpoint_folder, exit_on_error, option
 
 OPTIONS = ("checkpoint", "out", "dtype", "max_positions")
 
@@ -57,9 +56,7 @@ def export(values: dict[str, str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or "-h" in argv or "--help" in argv:
-        print((__doc__ or "").strip())
+    if not (argv := arguments(argv, __doc__)):
         return
     with exit_on_error("export"):
         print("\n".join(export(parse(argv, OPTIONS, ("checkpoint", "out")))))

@@ -29,14 +29,13 @@ examples:
 Not a stage: writes no artefact. Exit codes: 0 answered, 2 refused with a message.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from molmo_model.errors import ConfigError, DataError
-from pipelines.stage import checkpoint_folder, exit_on_error
+from pipelines.stage import arguments, checkpoint_folder, exit_on_error
 
 if TYPE_CHECKING:
     import numpy as np
@@ -236,9 +235,7 @@ def _save_selection(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or "-h" in argv or "--help" in argv:
-        print((__doc__ or "").strip())
+    if not (argv := arguments(argv, __doc__)):
         return
     with exit_on_error("generate"):
         print(answer(parse(argv)))

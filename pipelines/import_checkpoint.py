@@ -11,12 +11,11 @@ The weights are held in memory in fp32 meanwhile: four bytes for each parameter.
 Exit codes: 0 written, 2 refused with a message.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.export import parse
-from pipelines.stage import exit_on_error
+from pipelines.stage import arguments, exit_on_error
 
 OPTIONS = ("source", "out")
 
@@ -32,9 +31,7 @@ def import_checkpoint(values: dict[str, str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or "-h" in argv or "--help" in argv:
-        print((__doc__ or "").strip())
+    if not (argv := arguments(argv, __doc__)):
         return
     with exit_on_error("import_checkpoint"):
         print("\n".join(import_checkpoint(parse(argv, OPTIONS, OPTIONS))))

@@ -23,9 +23,8 @@ from pipelines.stage import Build, Key, Stage, main
 if TYPE_CHECKING:
     import pyarrow
 
-    from molmo_model.data.example import BadRow, Example
+    from molmo_model.data.example import BadRow, Example, Unchanged
     from molmo_model.data.previous_shards import PreviousShards
-    from molmo_model.data.shards import Unchanged
 
 SHOWN_PROBLEMS = 10
 """Bad rows in the message of a failed build; all of them are in its `problems.jsonl`."""

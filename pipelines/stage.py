@@ -218,7 +218,9 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
         for key, manifest in run_all(stage, params, options):
             print(f"{stage.name} {' '.join(key.values())}: {manifest.digest[:16]} in {stage.target(key)}")
             for name, value in manifest.summary.items():
-                if not isinstance(value, dict | list):
+                if name == "examples" and isinstance(value, dict):  # the first thing that one wants to know of shards
+                    print(f"  examples: {', '.join(f'{split} {count}' for split, count in value.items())}")
+                elif not isinstance(value, dict | list) and value != "":
                     print(f"  {name}: {value}")
 
 
@@ -231,6 +233,15 @@ def usage(stage: Stage) -> str:
         f"writes:  {stage.out}\nparams:  {', '.join(stage.params)}\n"
         "A partition key that is left out means all of them. Nothing is rewritten when nothing changed."
     )
+
+
+def arguments(argv: Sequence[str] | None, doc: str | None) -> list[str]:
+    """The words of a command that is no stage; none, after its help was printed, where they ask for it or are none."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or "-h" in words or "--help" in words:
+        print((doc or "").strip())
+        return []
+    return words
 
 
 @contextlib.contextmanager

@@ -22,13 +22,12 @@ Not a stage: the page belongs to nothing and may be deleted. Exit codes: 0 writt
 
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_model.errors import ConfigError, DataError
-from pipelines.stage import exit_on_error, option
+from pipelines.stage import arguments, exit_on_error, option
 
 if TYPE_CHECKING:
     from molmo_model.data.plan import Plan
@@ -49,9 +48,7 @@ SHOWN_PROBLEMS = 100
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if not argv or "-h" in argv or "--help" in argv:
-        print((__doc__ or "").strip())
+    if not (argv := arguments(argv, __doc__)):
         return
     from molmo_model.config import load_params
 
@@ -279,7 +276,7 @@ def _pack_charts(plan: "Plan", number_of_packs: int) -> dict[str, str]:
     }
     return {
         f"Fill of the run's first {len(packs)} packs, {what}": histogram(
-            f"fill, {what}", values, x_label=f"share of a pack's {what}", percent=True
+            f"fill, {what}", values, x_label=f"share of a pack's {what}, as reserved", percent=True
         )
         for what, values in fills.items()
     }

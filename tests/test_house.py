@@ -253,6 +253,10 @@ def test_light_modules_load_without_torch(module: str) -> None:
     assert not modules_after(f"import molmo_model.{module}") & {"torch", "transformers"}
 
 
+def test_dataset_families_load_no_library_before_they_read() -> None:
+    assert modules_after("import molmo_model.data.datasets") == set()
+
+
 # ---- how things are written
 
 

@@ -11,9 +11,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from molmo_model.config import Params, params_from_dict
 from molmo_model.errors import ArtifactError, ConfigError, DataError
 from pipelines import stage as stages
 from pipelines.stage import Build, Stage, differences, run, run_all
+from tests.kills import in_child
 
 PARTS = 2
 KEY = {"run": "one"}
@@ -81,37 +80,6 @@ def enter(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def journal() -> list[str]:
     """All parts that were ever worked on, by any identity."""
     return [line for path in Path(".state").glob("fake/*/work/journal") for line in path.read_text().splitlines()]
-
-
-def in_child(work: Callable[[], Any], kill_at: int | None = None) -> int:
-    """Runs `work` in a forked process, killed at its n-th change of the file system; the signal, or the exit code."""
-    pid = os.fork()
-    if pid == 0:  # the child never returns into pytest
-        code = 1
-        try:
-            if kill_at is not None:
-                sys.addaudithook(killer(kill_at))
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-def killer(kill_at: int) -> Callable[[str, tuple], None]:
-    changes = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate"}
-    count = 0
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if event in changes or writes:
-            count += 1
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    return hook
 
 
 def is_sound(target: Path, known: set[str]) -> bool:

@@ -274,6 +274,15 @@ class BadRow:
     it does not count against the tolerance."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unchanged:
+    """An example that stands in the previous artefact and was not made again."""
+
+    id: str
+    row: int
+    """Its row in the previous index."""
+
+
 def item_id(example: Example, conversation: int) -> str:
     """The id of one evaluation item: one conversation of an example."""
     return f"{example.id}#{conversation}"

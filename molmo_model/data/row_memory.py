@@ -17,35 +17,22 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from molmo_model import remembered
 from molmo_model.artifacts import digest_of
-from molmo_model.data.previous_shards import PreviousShards
-from molmo_model.data.shards import Unchanged
+from molmo_model.data.example import Unchanged
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from molmo_model.data.previous_shards import PreviousShards
 
 FOLDER = "rows"
 SEPARATOR = "\0"
 """Between names and between digests; no path holds it."""
 MISSING = "missing"
 """Digest of a file that cannot be read. Why it cannot is not remembered, so its row is read again each time."""
-
-_SCHEMA = pa.schema(
-    [
-        ("text", pa.binary(32)),  # SHA-256 of the row's text
-        ("names", pa.string()),  # of the files that it names
-        ("digests", pa.string()),  # of those files
-        ("id", pa.string()),
-        ("files", pa.int32()),
-        ("asked", pa.string()),
-        ("content", pa.string()),
-        ("range", pa.string()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +63,8 @@ class RowMemory:
         self.path, self.context = path, context
         self.previous: PreviousShards | None = None
         """Where examples that did not change are taken from."""
-        self._table = _SCHEMA.empty_table()
-        if path is not None:
-            with contextlib.suppress(OSError, pa.ArrowException):  # none yet, or broken
-                table = pq.read_table(path)
-                if (table.schema.metadata or {}).get(b"context") == context.encode() and table.schema == _SCHEMA:
-                    self._table = table
-        self._columns: dict[str, list[Any]] = {name: self._table[name].to_pylist() for name in _SCHEMA.names}
+        self._table = _read(path, context)
+        self._columns: dict[str, list[Any]] = self._table.to_pydict()
         self._places = {text: place for place, text in enumerate(self._columns["text"])}
         self.begin()
 
@@ -155,12 +137,15 @@ class RowMemory:
         row = {"text": text, "names": SEPARATOR.join(names), "digests": SEPARATOR.join(digests)}
         self._learnt[text] = row | {name: getattr(outcome, name) for name in _FACTS}, written
 
-    def save(self, index: pa.Table) -> None:
+    def save(self, index: "pa.Table") -> None:
         """Writes what was kept and learnt.
 
         Args:
             index: of the shards that were made of these rows, which says the digests of their ranges.
         """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         if self.path is None or (not self._learnt and len(self._kept) == self._table.num_rows):
             return
         wanted = [row["id"] for row, written in self._learnt.values() if written]
@@ -170,7 +155,7 @@ class RowMemory:
         replaced = self._learnt.keys()
         kept = [place for place in self._kept if self._columns["text"][place] not in replaced]
         table = pa.concat_tables(
-            [self._table.take(pa.array(kept, pa.int64())).cast(_SCHEMA), pa.Table.from_pylist(new, _SCHEMA)]
+            [self._table.take(pa.array(kept, pa.int64())).cast(_schema()), pa.Table.from_pylist(new, _schema())]
         )
         _write(table.replace_schema_metadata({"context": self.context}), self.path)
 
@@ -178,8 +163,40 @@ class RowMemory:
 _FACTS = tuple(field.name for field in fields(Outcome))
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def _schema() -> "pa.Schema":
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("text", pa.binary(32)),  # SHA-256 of the row's text
+            ("names", pa.string()),  # of the files that it names
+            ("digests", pa.string()),  # of those files
+            ("id", pa.string()),
+            ("files", pa.int32()),
+            ("asked", pa.string()),
+            ("content", pa.string()),
+            ("range", pa.string()),
+        ]
+    )
+
+
+def _read(path: Path | None, context: str) -> "pa.Table":
+    """The rows of a memory; none where there is no file yet, or one that is broken or of another context."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path is not None:
+        with contextlib.suppress(OSError, pa.ArrowException):
+            table = pq.read_table(path)
+            if (table.schema.metadata or {}).get(b"context") == context.encode() and table.schema == _schema():
+                return table
+    return _schema().empty_table()
+
+
+def _write(table: "pa.Table", path: Path) -> None:
     """Writes atomically: two builds at once leave one of their memories."""
+    import pyarrow.parquet as pq
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
         try:

@@ -33,7 +33,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from molmo_model.artifacts import canonical_json, link_file
-from molmo_model.data.example import SPLITS, Example
+from molmo_model.data.example import SPLITS, Example, Unchanged
 from molmo_model.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,15 +76,6 @@ VIDEO_FIELDS = (
 )
 """Columns that follow where the dataset has films: one element per film of the example, in order."""
 VIDEO_INDEX_SCHEMA = pa.schema([*INDEX_SCHEMA, *VIDEO_FIELDS])
-
-
-@dataclass(frozen=True)
-class Unchanged:
-    """An example that stands in the previous artefact and was not made again."""
-
-    id: str
-    row: int
-    """Its row in the previous index."""
 
 
 @dataclass

@@ -13,6 +13,8 @@ from html import escape
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 14, 34
 """Margins in SVG units around the plot area."""
+LETTER = 7
+"""SVG units that a letter of an axis is wide, at most."""
 COLOURS = 6
 """Series colours before they repeat."""
 
@@ -115,7 +117,7 @@ def histogram(title: str, values: Sequence[float], *, bins: int = 24, x_label: s
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
         f"<title>{escape(title)}</title>",
-        *_axes(scale, ticks(scale.x_low, scale.x_high), False, x_label, percent_x=percent),
+        *_axes(scale, _marks(scale.x_low, scale.x_high, whole), False, x_label, percent_x=percent, counts=True),
         '<g class="s0">',
     ]
     for number, count in sorted(counts.items()):
@@ -163,9 +165,16 @@ def _scale(points: Sequence[Point], baseline: float | None, y_range: tuple[float
     return _Scale(min(0.0, *xs), max(xs), *y_range)
 
 
-def _axes(scale: _Scale, xs: Sequence[float], percent: bool, x_label: str, percent_x: bool = False) -> list[str]:
+def _marks(low: float, high: float, whole: bool) -> list[float]:
+    """Ticks; of whole numbers no halves."""
+    return [value for value in ticks(low, high) if not whole or float(value).is_integer()]
+
+
+def _axes(
+    scale: _Scale, xs: Sequence[float], percent: bool, x_label: str, percent_x: bool = False, counts: bool = False
+) -> list[str]:
     parts = []
-    for value in ticks(scale.y_low, scale.y_high):
+    for value in _marks(scale.y_low, scale.y_high, counts):
         y = scale.y(value)
         label = f"{value * 100:.0f}%" if percent else f"{value:g}"
         parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
@@ -173,7 +182,9 @@ def _axes(scale: _Scale, xs: Sequence[float], percent: bool, x_label: str, perce
     shown = xs if len(xs) <= 6 else ticks(scale.x_low, scale.x_high)
     for value in shown:
         label = f"{value * 100:g}%" if percent_x else f"{value:g}"
-        parts.append(f'<text x="{scale.x(value)}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{label}</text>')
+        is_cut = float(scale.x(value)) + len(label) * LETTER / 2 > WIDTH  # 15000 would be read as 1500
+        x, anchor = (f"{WIDTH - 1}", "end") if is_cut else (scale.x(value), "middle")
+        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 14}" text-anchor="{anchor}">{label}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle:g}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
     return parts

@@ -24,6 +24,8 @@ THUMBNAIL = 160
 """Pixels per side of a crop's picture on the page."""
 MOST_CROPS = 40
 """Crops, or frames of a film, that are drawn of one example."""
+MOST_SPANS = 5000
+"""Tokens, runs of image tokens counted as one, that are written of one example."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def _example(one: Shown, preprocessor: Preprocessor) -> dict[str, Any]:
     example, encoded = one.example, one.encoded
     taken = [example.conversations[number] for number in one.conversations]
     learned = int((encoded.labels != IGNORE).sum())
+    written = spans(encoded, preprocessor)
     return {
         "id": example.id,
         "where": one.where,
@@ -123,7 +126,8 @@ def _example(one: Shown, preprocessor: Preprocessor) -> dict[str, Any]:
             + (f", of which {video.clip[0]:g} to {video.clip[1]:g} s" if video.clip else "")
             for video in example.videos
         ],
-        "spans": spans(encoded, preprocessor),
+        "spans": written[:MOST_SPANS],
+        "hidden_spans": max(0, len(written) - MOST_SPANS),
         "conversations": [
             {
                 "style": conversation.style,

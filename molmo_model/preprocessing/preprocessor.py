@@ -521,7 +521,7 @@ class Preprocessor:
     def _longest_answers(self, name: str, conversation: Conversation, texts: Sequence[tuple[str, ...]]) -> int:
         """The same of the answers; their points may be moved where a window of the image is shown."""
         longest = sum(max(map(self.vocabulary.length, said)) for said in texts[1::2])
-        if not self.config.augmentation.crop:
+        if not (self.config.augmentation.crop and any(one.points or one.inline for one in conversation.messages)):
             return longest
         wide = self._texts(name, widest(conversation))
         return max(longest, sum(max(map(self.vocabulary.length, said)) for said in wide[1::2]))

@@ -1,14 +1,19 @@
-"""Small snapshots of published datasets, written as the hub holds them: Parquet with the card's columns and types."""
+"""Small snapshots of published datasets, written as the hub holds them: Parquet with the card's columns and types, and
+lists of downloads for those that name their pictures by URL."""
 
+import hashlib
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image as PILImage
 
 from molmo_model.config import DatasetConfig
 from molmo_model.data.datasets import FAMILIES, BadRow
+from molmo_model.data.downloads import Download, Status, Store, write_list
 from molmo_model.data.example import Example
 
 
@@ -24,16 +29,26 @@ def hub_image(number: int) -> dict[str, Any]:
     return {"bytes": png(number), "path": f"{number}.png"}
 
 
-def snapshot(folder: Path, features: Any, splits: dict[str, list[dict[str, Any]]], subset: str | None = None) -> Path:
-    """Writes `data/<split>-00000-of-00001.parquet` for every split, and a card that says so."""
+def write_split(
+    folder: Path, split: str, rows: Sequence[Mapping[str, Any]], features: Any, place: str = "data"
+) -> Path:
+    """One split as `push_to_hub` writes it, `data/<split>-00000-of-00001.parquet`, without a card; columns that a row
+    does not have are null."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
+    path = folder / place / f"{split}-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: [row.get(name) for row in rows] for name in features}
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+    return path
+
+
+def snapshot(folder: Path, features: Any, splits: dict[str, list[dict[str, Any]]], subset: str | None = None) -> Path:
+    """Writes every split, and a card that names them."""
     place = subset or "data"
-    (folder / place).mkdir(parents=True, exist_ok=True)
     for split, rows in splits.items():
-        table = Dataset.from_list(rows, features=features)
-        table.to_parquet(str(folder / place / f"{split}-00000-of-00001.parquet"))
+        write_split(folder, split, rows, features, place)
     files = "".join(f"\n  - split: {split}\n    path: {place}/{split}-*" for split in splits)
     card = f"---\nlicense: mit\nconfigs:\n- config_name: {subset or 'default'}\n  data_files:{files}\n---\n"
     (folder / "README.md").write_text(card)
@@ -60,3 +75,30 @@ def bad(rows: list[tuple[str, Example | BadRow]]) -> list[tuple[str, int, str, s
 def good(rows: list[tuple[str, Example | BadRow]]) -> dict[str, tuple[str, Example]]:
     """Split and example by id."""
     return {row.id: (split, row) for split, row in rows if isinstance(row, Example)}
+
+
+def examples(family: str, path: Path | str, **config: Any) -> list[Example]:
+    """The examples of a family where no row is bad."""
+    found = [row for _, row in read(family, path, **config)]
+    bad = [row for row in found if isinstance(row, BadRow)]
+    assert not bad, bad
+    return [row for row in found if isinstance(row, Example)]
+
+
+def downloads(folder: Path, files: Mapping[str, bytes | str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """A list of downloads, and the store that it names: URLs to the files that were there, or to why there is none."""
+    monkeypatch.setenv("MOLMO_DOWNLOAD_DIR", str(folder / "store"))
+    rows = []
+    for url, file in files.items():
+        if isinstance(file, str):
+            rows.append(Download(url, Status.GONE, file, http_status=404))
+            continue
+        digest = hashlib.sha256(file).hexdigest()
+        path = Store().path(digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file)
+        with PILImage.open(io.BytesIO(file)) as picture:
+            size = picture.size
+        rows.append(Download(url, Status.OK, "", 200, digest, len(file), "PNG", *size))
+    write_list(folder / "downloads.parquet", rows)
+    return str(folder / "downloads.parquet")

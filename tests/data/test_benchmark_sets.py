@@ -8,8 +8,7 @@ from datasets import Features, Image, List, Value
 
 from molmo_model.data.example import BadRow, Conversation, Message
 from tests.data.films import film
-from tests.data.published_sets import write_split
-from tests.data.snapshots import png, read
+from tests.data.snapshots import png, read, write_split
 
 TEXT, NUMBER = Value("string"), Value("int32")
 FILM = film(range(0, 30 * 1001, 1001), size=(64, 48))

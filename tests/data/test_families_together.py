@@ -17,8 +17,7 @@ from molmo_model.preprocessing.preprocessor import IGNORE, Preprocessor
 from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 from molmo_model.preprocessing.tokenizer import load_tokenizer
 from tests.data.films import film
-from tests.data.published_sets import downloads, write_split
-from tests.data.snapshots import hub_image, json_lines, png, read
+from tests.data.snapshots import downloads, hub_image, json_lines, png, read, write_split
 
 TEXT = Value("string")
 POINTS = {"x": Value("float64"), "y": Value("float64")}

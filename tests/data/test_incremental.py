@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,15 +18,16 @@ from molmo_model import remembered
 from molmo_model.artifacts import MANIFEST, Manifest, file_sha256, verify, write_manifest
 from molmo_model.config import DatasetConfig, Params
 from molmo_model.data.datasets import chat
-from molmo_model.data.example import Example
+from molmo_model.data.example import Example, Unchanged
 from molmo_model.data.previous_shards import PreviousShards
-from molmo_model.data.shards import INDEX, SCHEMA, Unchanged, write_shards
+from molmo_model.data.shards import INDEX, SCHEMA, write_shards
 from molmo_model.errors import ArtifactError
 from molmo_model.remembered import remembering
 from pipelines import shards as shards_stage
 from pipelines import stage as stages
 from pipelines.stage import differences, run
 from tests.data.builders import example, picture, rows
+from tests.kills import in_child
 
 KEY = {"dataset": "mine"}
 TARGET = Path("artifacts/shards/mine")
@@ -356,22 +356,6 @@ def test_the_limit_a_linked_file_whose_time_was_put_back_is_found_by_verificatio
     assert other.name in differences(shards_stage.STAGE, params(), KEY)[0]
 
 
-def killer(kill_at: int) -> Callable[[str, tuple], None]:
-    """As in `tests/test_stage.py`: dies at the n-th change of the file system."""
-    changes = {"os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "os.truncate"}
-    count = 0
-
-    def hook(event: str, arguments: tuple) -> None:
-        nonlocal count
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if event in changes or writes:
-            count += 1
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    return hook
-
-
 @pytest.mark.slow
 def test_killed_in_the_middle_the_old_artefact_comes_back_and_the_next_run_is_right(
     mine, tmp_path, monkeypatch
@@ -383,20 +367,14 @@ def test_killed_in_the_middle_the_old_artefact_comes_back_and_the_next_run_is_ri
     wanted = full_build(tmp_path / "full", monkeypatch)
     for kill_at in range(1, 200, 8):
         Path("rows.jsonl").write_text(after)
-        if (pid := os.fork()) == 0:
-            try:
-                sys.addaudithook(killer(kill_at))
-                build()
-            finally:
-                os._exit(0)
-        _, status = os.waitpid(pid, 0)
+        ended = in_child(build, kill_at)
         if kill_at % 16 == 1:  # yesterday's data cost nothing
             Path("rows.jsonl").write_text(before)
             assert build().digest == old and verify(TARGET).digest == old
             Path("rows.jsonl").write_text(after)
         build()
         assert content(TARGET) == wanted, kill_at
-        if os.waitstatus_to_exitcode(status) == 0:
+        if ended == 0:
             assert kill_at > 30, "the hook sees the changes"
             return
         Path("rows.jsonl").write_text(before)

@@ -12,8 +12,7 @@ from molmo_model.data.example import BadRow, Example
 from molmo_model.model_config import PromptTemplates, SystemPrompt
 from molmo_model.preprocessing.prompts import PromptFormat, write
 from tests.data.films import film
-from tests.data.published_sets import downloads
-from tests.data.snapshots import json_lines, png, read
+from tests.data.snapshots import downloads, json_lines, png, read
 
 NONSENSE: tuple[Any, ...] = (None, 0, -7, 1.5, True, "", " ", "x", "\ud800", [], [None], [[]], {}, {"x": []}, 10**400)
 URL = "https://a.example/1.png"

@@ -8,10 +8,9 @@ from datasets import Features, Image, List, Value
 
 from molmo_model.config import DatasetConfig
 from molmo_model.data.datasets import FAMILIES
-from molmo_model.data.example import Conversation, InlinePoints, Message
+from molmo_model.data.example import BadRow, Conversation, InlinePoints, Message
 from molmo_model.errors import DataError
-from tests.data.published_sets import bad_rows, downloads, examples, write_split
-from tests.data.snapshots import png, read
+from tests.data.snapshots import downloads, examples, png, read, write_split
 
 TEXT = Value("string")
 CAP = Features({"image_url": TEXT, "caption": TEXT, "transcripts": List(TEXT)})
@@ -96,11 +95,12 @@ def test_captions_and_transcripts(tmp_path, monkeypatch):
 def test_pictures_that_are_gone_are_listed_but_no_fault(tmp_path, monkeypatch):
     path = write_split(tmp_path / "cap", "train", [*CAPTIONS, CAPTIONS[0] | {"image_url": GONE}], CAP)
     files = {"downloads": listed(tmp_path, monkeypatch)}
-    (bad,) = bad_rows("pixmo_cap", tmp_path / "cap", **files)
+    rows = [row for _, row in read("pixmo_cap", tmp_path / "cap", **files)]
+    (bad,) = [row for row in rows if isinstance(row, BadRow)]
     assert (bad.line, bad.field, bad.known) == (3, "image_url", True)
     assert bad.file == str(path)
     assert GONE in bad.reason and "404" in bad.reason
-    assert len(read("pixmo_cap", tmp_path / "cap", **files)) == 3
+    assert len(rows) == 3
 
 
 def test_urls_are_told_with_their_hashes(tmp_path, monkeypatch):

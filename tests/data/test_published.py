@@ -17,7 +17,7 @@ import pytest
 from datasets import ClassLabel, Features, Value
 
 from molmo_model.config import DatasetConfig
-from molmo_model.data.datasets import published_rows, row_groups
+from molmo_model.data.datasets import FAMILIES, published_rows, row_groups
 from molmo_model.data.datasets.family import Family
 from molmo_model.data.datasets.published import (
     ROW_KEY,
@@ -165,6 +165,33 @@ def test_a_webdataset_is_read(tmp_path: Path) -> None:
         ("eval", "b"),
     ]
     assert first(made).images[0].data == png(ord("a"))
+
+
+def test_the_families_read_a_webdataset_of_pictures_and_json(tmp_path: Path) -> None:
+    said = {"query": "how many?", "label": ["3"], "human_or_machine": 0, "image": "elsewhere.png"}
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for name in ("a", "b"):
+            for suffix, content in (("png", png(ord(name))), ("json", json.dumps(said).encode())):
+                member = tarfile.TarInfo(f"{name}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    made = make(FAMILIES["chart_qa"], tmp_path / "set.tar", eval_fraction=0.0)
+    examples = [example for _, example in made if isinstance(example, Example)]
+    assert [(one.id, one.images[0].data) for one in examples] == [("a", png(ord("a"))), ("b", png(ord("b")))]
+    assert examples[0].conversations[0].messages[0].text == "how many?"
+
+
+def test_a_copy_without_its_card_may_call_val_validation(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "0.png").write_bytes(png(len(split)))
+        entry = {"file_name": "0.png", "query": "how many?", "label": ["3"], "human_or_machine": 0}
+        json_lines(tmp_path / split / "metadata.jsonl", [entry])
+    made = make(FAMILIES["chart_qa"], tmp_path)
+    sides = [(split, example.images[0].data) for split, example in made if isinstance(example, Example)]
+    assert sides == [("train", png(5)), ("eval", png(3))]
+    with pytest.raises(DataError, match=r"has no split 'test'.*eval_examples: 0"):
+        make(FAMILIES["chart_qa"], tmp_path, options={"eval_split": "test"})
 
 
 def test_a_folder_of_pictures_with_metadata_is_read(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from datasets import Features, Image, List, Value
 
 from molmo_model.data.example import BadRow, Conversation, Message
-from tests.data.published_sets import bad_rows, examples, write_split
-from tests.data.snapshots import png, read
+from tests.data.snapshots import bad, examples, png, read, write_split
 
 TEXT = Value("string")
 
@@ -54,8 +53,8 @@ def test_docs_have_a_style_for_each_subset(tmp_path):
     assert alone.conversations[0].style == "pixmo_docs_tables"
     (alone,) = examples("pixmo_docs", file, options={"subsets": ["other"]})  # a file says nothing of its subset
     assert alone.id == "other-7"
-    (bad,) = bad_rows("pixmo_docs", file)
-    assert "`subsets`" in bad.reason
+    ((_, _, _, reason),) = bad(read("pixmo_docs", file))
+    assert "`subsets`" in reason
 
 
 def test_explanations_of_cosyn_stand_before_the_answer(tmp_path):

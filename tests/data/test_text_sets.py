@@ -3,8 +3,7 @@
 from datasets import Features, List, Value
 
 from molmo_model.data.example import BadRow, Conversation, Message
-from tests.data.published_sets import examples, write_split
-from tests.data.snapshots import read
+from tests.data.snapshots import examples, read, write_split
 
 TEXT = Value("string")
 FEATURES = Features({"id": TEXT, "messages": List({"content": TEXT, "role": TEXT}), "source": TEXT})

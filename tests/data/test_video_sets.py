@@ -9,8 +9,7 @@ from molmo_model.data.datasets.video_benchmarks import MVBENCH_FILMS
 from molmo_model.data.example import BadRow, Conversation, Message
 from molmo_model.errors import ConfigError, DataError
 from tests.data.films import film
-from tests.data.published_sets import examples
-from tests.data.snapshots import read
+from tests.data.snapshots import examples, read
 
 FILM = film(range(0, 30 * 1001, 1001), size=(64, 48))
 """One second."""

@@ -103,6 +103,15 @@ def test_points_inside_an_answer_are_drawn_and_listed(preprocessor):
     assert "dog, shown as two dogs: (10, 90) (30, 40)" in text
 
 
+def test_a_huge_example_is_cut_and_the_page_says_so(preprocessor):
+    made = preprocessor()
+    huge = example(text="word " * 2000)
+    encoded = made.encode(huge)
+    text = render(Page("d", {}), [Shown(huge, encoded, [0, 1], "row 0")], made)
+    assert text.count('<span class="tok') == 5000
+    assert f"and {len(spans(encoded, made)) - 5000} more tokens" in text
+
+
 def test_a_page_without_examples_says_so(preprocessor):
     assert "None: the split is empty" in render(Page("d", {}), [], preprocessor())
 
@@ -111,6 +120,10 @@ def test_a_histogram_counts_every_value():
     svg = histogram("t", [1, 1, 2, 5, 40], x_label="x", bins=10)
     assert sum(int(count) for count in re.findall(r": (\d+)</title></rect>", svg)) == 5
     assert histogram("none", [], x_label="x").startswith("<svg")
+    assert '="middle">6.5<' not in histogram("one value", [6, 6], x_label="crops")  # there are no half crops
+    far = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="(\w+)">(\d+)<', histogram("t", [0, 15000], x_label="x"))
+    x, anchor, _ = next(label for label in far if label[2] == "15000")
+    assert anchor == "end" and float(x) <= 360  # within the drawing, with all its digits
     shares = histogram("t", [0.25, 1.0, 0.999], x_label="x", percent=True)
     assert sum(int(count) for count in re.findall(r": (\d+)</title></rect>", shares)) == 3
 

@@ -44,11 +44,11 @@ from molmo_model.data.example import (
     ExampleError,
     Image,
     Message,
+    Unchanged,
     is_number,
     plain_problem,
 )
 from molmo_model.data.row_memory import Outcome, RowMemory
-from molmo_model.data.shards import Unchanged
 from molmo_model.errors import ConfigError, DataError
 from molmo_model.source_digest import source_digest
 from molmo_model.storage import open_file

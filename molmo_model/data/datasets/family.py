@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from molmo_model.config import DatasetConfig
-from molmo_model.data.example import BadRow, Example
+from molmo_model.data.example import BadRow, Example, Unchanged
 from molmo_model.data.row_memory import RowMemory
-from molmo_model.data.shards import Unchanged
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ from molmo_model.storage import is_remote, join, list_files, open_file
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json", ".tar")
 """Files that are read one by one, with the number of each row."""
+MEDIA_SUFFIXES = {
+    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    "video": ("mp4", "mkv", "webm", "mov", "avi"),
+}
+"""Field to the suffixes that its member of a WebDataset's sample may have."""
 MAX_JSON_BYTES = 2 * 2**30
 """A larger `.json` file, which is read whole, is refused."""
 JSON_LISTS = ("data", "annotations", "questions", "qa_pairs")
@@ -194,8 +199,13 @@ def _folder_rows(path: str, subset: str | None, split: str) -> Iterator[Row]:
     except Exception as error:  # ValueError, FileNotFoundError, DataFilesNotFoundError, ...
         raise DataError(f"{folder}: no dataset can be read from it: {_first_line(error)}") from error
     found = {str(name): list(map(str, files)) for name, files in (builder.config.data_files or {}).items()}
+    if split == "val" and "validation" in found and split not in found:
+        split = "validation"  # what `datasets` calls it where no card does
     if split not in found:
-        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(sorted(found)) or 'none'}")
+        raise DataError(
+            f"{folder} has no split {split!r}; it has {', '.join(sorted(found)) or 'none'}; a side that is not wanted "
+            "is left out with `train_examples: 0` or `eval_examples: 0`"
+        )
     if all(name.endswith(FILE_SUFFIXES) for name in found[split]):
         for name in found[split]:
             yield from _file_rows(name, join(path, os.path.relpath(name, Path(path).resolve())))
@@ -225,7 +235,20 @@ def _tar_rows(place: str, shown: str) -> Iterator[Row]:
         found = datasets.load_dataset("webdataset", data_files={"train": [place]}, split="train", streaming=True)
         return found.decode(False)
 
-    yield from _streamed(stream, shown, "it must be a WebDataset")
+    for row in _streamed(stream, shown, "it must be a WebDataset"):
+        yield Row(row.file, row.line, _sample(row.fields))
+
+
+def _sample(members: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a WebDataset's sample: its members by their suffixes, what its `json` holds, and, where it has one
+    picture or film under the suffix of a format, that one as `image` or `video`."""
+    inside = members.get("json")
+    fields = {**(inside if isinstance(inside, dict) else {}), **members}
+    for name, suffixes in MEDIA_SUFFIXES.items():
+        found = [suffix for suffix in suffixes if members.get(suffix) is not None]
+        if len(found) == 1 and name not in members:
+            fields[name] = members[found[0]]
+    return fields
 
 
 def _json_list(place: str, shown: str) -> list[Any]:
