@@ -60,14 +60,19 @@ def describe_shards(item: Artefact) -> Metadata:
 
 
 def describe_mixture(item: Artefact) -> Metadata:
-    """The rates as they were resolved."""
+    """The rates as they were resolved, and the examples that were left out for showing pictures of evaluation."""
     document = json.loads((item.path / "mixture.json").read_text(encoding="utf-8"))
     entries = document.get("entries", {})
     rows = [{"entry": name, **entry} for name, entry in entries.items()] if isinstance(entries, dict) else entries
     if not rows:
         return {}
-    shown = [name for row in rows for name, value in row.items() if isinstance(value, int | float | str)]
-    return {"mixture": markdown_table(list(dict.fromkeys(shown)), rows)}
+    columns = [name for row in rows for name, value in row.items() if isinstance(value, int | float | str)]
+    shown: Metadata = {"mixture": markdown_table(list(dict.fromkeys(columns)), rows)}
+    left_out = [
+        {**one, "shows": ", ".join(f"{of['dataset']} {of['id']}" for of in one["shows"])}
+        for one in document.get("dropped_leaks", [])
+    ]
+    return shown | ({"left_out": markdown_table(("dataset", "id", "shows"), left_out)} if left_out else {})
 
 
 def describe_training(item: Artefact) -> Metadata:

@@ -246,6 +246,15 @@ class MixtureSchedule(StrEnum):
     """Each position by itself, as a weighted die would: off by about the square root of the examples drawn."""
 
 
+class LeakRule(StrEnum):
+    """What the mixture does with training examples that show a picture of evaluation."""
+
+    refuse = "refuse"
+    """It stops, and names them."""
+    drop = "drop"
+    """It leaves them out before anything is counted, and lists them."""
+
+
 @dataclass
 class RunConfig:
     """A named training."""
@@ -259,6 +268,8 @@ class RunConfig:
     schedule: MixtureSchedule = MixtureSchedule.stratified
     allow_leaks: list[str] = field(default_factory=list)
     """Ids of training examples that may show a picture of evaluation: of its own datasets or of those of any task."""
+    leaks: LeakRule = LeakRule.refuse
+    """What becomes of all others that do."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -419,6 +430,9 @@ def params_from_dict(raw: Mapping[str, Any], source: str, overrides: Iterable[st
         params = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, source)) from error
+    except TypeError as error:  # of nested entries, without a key
+        message = "a list stands where `key: value` lines belong, or the other way round"
+        raise ConfigError(f"{source}: {message} ({error}); look at `entries` of the mixtures") from error
     assert isinstance(params, Params)
     _check(params, source)
     return params
@@ -538,9 +552,8 @@ def _check(params: Params, source: str) -> None:
         lookup({**params.models, **params.runs}, run.init, f"model or run of {key}.init")
         if not run.mixture:
             refuse(f"{key}.mixture", "is empty; name at least one dataset")
-        _check_mixture(run.mixture, f"{source}: {key}.mixture")
-        for entry_name, entry in mixture_sources(run.mixture).items():
-            lookup(params.datasets, entry.dataset, f"dataset of {key}.mixture.{entry_name}.dataset")
+        _check_mixture(run.mixture, f"{source}: {key}.mixture", params.datasets)
+        mixture_sources(run.mixture, f"{source}: {key}.mixture")
         model_of(params, name)
         _check_freezing(run.train, f"{source}: {key}.train")
     for name, task in params.tasks.items():
@@ -698,8 +711,13 @@ def _check_freezing(train: TrainConfig, where: str) -> None:
         )
 
 
-def _check_mixture(entries: Mapping[str, MixtureEntry], key: str, rule: MixtureRule = MixtureRule.flat) -> None:
-    """Contradictions between the settings of an entry, and settings without effect."""
+def _check_mixture(
+    entries: Mapping[str, MixtureEntry],
+    key: str,
+    datasets: Mapping[str, DatasetConfig],
+    rule: MixtureRule = MixtureRule.flat,
+) -> None:
+    """Unknown datasets, contradictions between the settings of an entry, and settings without effect."""
     plain = MixtureEntry()
     for name, entry in entries.items():
         where = f"{key}.{name}"
@@ -716,21 +734,23 @@ def _check_mixture(entries: Mapping[str, MixtureEntry], key: str, rule: MixtureR
                 f"{where}.size: size is {entry.size}, but what stands beside it is drawn in the ratio of rates; give "
                 "the group around it `rule: root_size`, or use rate"
             )
-        _check_mixture(entry.entries, f"{where}.entries", entry.rule)
+        if entry.dataset:
+            lookup(datasets, entry.dataset, f"dataset of {where}.dataset")
+        _check_mixture(entry.entries, f"{where}.entries", datasets, entry.rule)
 
 
-def mixture_sources(mixture: Mapping[str, MixtureEntry]) -> dict[str, MixtureEntry]:
+def mixture_sources(mixture: Mapping[str, MixtureEntry], key: str = "mixture") -> dict[str, MixtureEntry]:
     """The sources of a mixture by name, those in groups among them.
 
     Raises:
-        ConfigError: two have one name.
+        ConfigError: two have one name; begins with `key`, where the mixture stands.
     """
     sources: dict[str, MixtureEntry] = {}
     for name, entry in mixture.items():
-        below = mixture_sources(entry.entries) if entry.entries else {name: entry}
+        below = mixture_sources(entry.entries, key) if entry.entries else {name: entry}
         if twice := sorted(set(below) & set(sources)):
             raise ConfigError(
-                f"mixture: two sources are called {twice[0]!r}; rename one, its order is drawn from its name"
+                f"{key}: two sources are called {twice[0]!r}; rename one, its order is drawn from its name"
             )
         sources |= below
     return sources

@@ -246,6 +246,8 @@ def urls_of(path: str) -> Iterator[tuple[str, str | None]]:
         DataError: a row has no `url`, or a `sha256` that is none, by line.
         StorageError: the file cannot be opened.
     """
+    if not path.endswith((".txt", ".jsonl", ".parquet")):
+        raise ConfigError(f"urls={path} must end with .txt, .jsonl or .parquet")
     for line, url, sha256 in _text_lines(path) if path.endswith(".txt") else _table_rows(path):
         if not isinstance(url, str) or not url:
             raise DataError(f"{path}:{line}: url is {url!r}; every row needs one")

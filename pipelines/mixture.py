@@ -4,7 +4,8 @@ Joins the shards of the run's datasets with what its model's preprocessor says t
 looked at) and writes `artifacts/mixture/<run>`: `mixture.json` (entries with rates that sum to 1, digests of the
 shards, fill of the packs), `costs.arrow`, `schedule.parquet` and the packs, from which training finds any step at once.
 Refuses a run whose training rows show a picture of the evaluation rows, its own datasets' or any task's, but for those
-that `runs.<run>.allow_leaks` accepts by id, and one that draws an example too large for a pack.
+that `runs.<run>.allow_leaks` accepts by id; with `runs.<run>.leaks: drop` it leaves the others out instead. Refuses a
+run that draws an example too large for a pack.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +31,8 @@ def build(build: Build) -> dict[str, Any]:
     """Writes the mixture; returns rates, sizes, epochs and fill."""
     from tqdm import tqdm
 
-    from molmo_model.data.mixture import check_leaks, map_table, resolve
+    from molmo_model.config import LeakRule
+    from molmo_model.data.mixture import check_leaks, described_leaks, leaks_to_drop, map_table, resolve
     from molmo_model.data.plan import Plan, plan_packs
     from molmo_model.data.schemas import check_table
     from molmo_model.data.shard_reader import ShardReader, read_columns
@@ -38,15 +40,19 @@ def build(build: Build) -> dict[str, Any]:
 
     run = build.params.runs[build.key["run"]]
     readers = {name: ShardReader(build.inputs[f"shards/{name}"]) for name in _datasets(build.params, build.key)}
+    asked = {name: ShardReader(build.inputs[f"shards/{name}"]) for name in asked_datasets(build.params)}
+    drop = run.leaks is LeakRule.drop
+    dropped = described_leaks(leaks_to_drop(run.mixture, asked | readers, run.allow_leaks) if drop else [])
+    left_out = {(example["dataset"], example["id"]) for example in dropped}
     preprocessor = Preprocessor.from_pretrained(build.inputs["model"] / "step-000000")
     with tqdm(desc=f"costs {build.key['run']}", unit=" examples", delay=2, mininterval=1) as bar:
         cost_of = _counted(_cost_of(preprocessor), bar.update)
-        mixture = resolve(run.mixture, build.params.seed, readers, cost_of, run.schedule)
-    asked = {name: ShardReader(build.inputs[f"shards/{name}"]) for name in asked_datasets(build.params)}
+        mixture = resolve(run.mixture, build.params.seed, readers, cost_of, run.schedule, left_out)
     leaks = check_leaks(mixture, asked | readers, run.allow_leaks)
     _tell(build.key["run"], *near_duplicates(mixture, asked | readers))
     mixture.info["shards"] = {name: reader.digest for name, reader in readers.items()}
     mixture.info["allowed_leaks"] = [leak.train[1] for leak in leaks]
+    mixture.info["dropped_leaks"] = dropped
     packs = run.train.steps * run.train.packs_per_step
     with tqdm(total=packs, desc=f"packs {build.key['run']}", unit=" packs", delay=2, mininterval=1) as bar:
         mixture = plan_packs(Plan.of(mixture, readers, run.train), packs, lambda done: bar.update(done - bar.n))
@@ -69,6 +75,7 @@ def build(build: Build) -> dict[str, Any]:
         "crop_fill": packing["crop_fill"],
         "longest_example": packing["longest_example"],
         "allowed_leaks": len(leaks),
+        "dropped_leaks": len(dropped),
     }
 
 
@@ -144,6 +151,7 @@ STAGE = Stage(
         "seed",
         "runs.{run}.mixture",
         "runs.{run}.allow_leaks",
+        "runs.{run}.leaks",
         # what decides the packs, and how many of them there are
         "runs.{run}.train.steps",
         "runs.{run}.train.packs_per_step",

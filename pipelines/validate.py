@@ -12,10 +12,13 @@ hold times, so they are a by-product and no artefact.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molmo_model.errors import DataError
+from molmo_model import remembered
+from molmo_model.artifacts import file_sha256, verify
+from molmo_model.errors import ArtifactError, DataError
 from pipelines.stage import Build, Key, Stage, main, state_root
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from molmo_model.data.shard_reader import ShardReader
 
 DOCS = Path("artifacts/data_docs")
+SHOWN_BROKEN = 100
+"""Examples that cannot be read, in the message of an error."""
 LISTED = 1000
 """Leaks and near duplicates that `validation.json` lists; all are counted."""
 SHOWN = 10
@@ -48,6 +53,7 @@ def build(build: Build) -> dict[str, Any]:
     check_table(reader.index, "index", str(folder / INDEX))
     check_table(problems, "problems", str(folder / "problems.jsonl"))
     hashes, faults = hash_files(reader, state_root() / "image_hashes", config.max_image_pixels)
+    _check_bytes(folder, reader)
     check_table(hashes, "image_hashes", str(build.out / FILE))
     parquet.write_table(hashes, build.out / FILE, compression="zstd")
     leaks, pairs = _duplicates(name, reader, hashes)
@@ -82,6 +88,34 @@ def build(build: Build) -> dict[str, Any]:
         "leaks": len(leaks),
         "near_duplicates": len(pairs),
     }
+
+
+def _check_bytes(folder: Path, reader: "ShardReader") -> None:
+    """Refuses shards that changed since they were made: pictures whose hashes are remembered are not read again.
+
+    Raises:
+        DataError: an example is not what the index says; names it.
+        ArtifactError: another file is not what the manifest lists.
+    """
+    run = remembered.current()
+    try:
+        verify(folder, "molmo/shards", file_sha256 if run is None else run.sha256)
+    except ArtifactError as error:
+        broken = [str(problem) for problem in map(partial(_problem, reader), range(len(reader))) if problem]
+        if not broken:
+            raise
+        shown = "".join(f"\n  {one}" for one in broken[:SHOWN_BROKEN])
+        more = f"\n  and {len(broken) - SHOWN_BROKEN} more" if len(broken) > SHOWN_BROKEN else ""
+        raise DataError(f"{len(broken)} of {len(reader)} examples cannot be read:{shown}{more}") from error
+
+
+def _problem(reader: "ShardReader", row: int) -> DataError | None:
+    """What is wrong with an example's bytes."""
+    try:
+        reader.members(row)
+    except DataError as error:
+        return error
+    return None
 
 
 def _problems(path: Path) -> list[dict[str, Any]]:

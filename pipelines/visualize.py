@@ -13,6 +13,8 @@ examples  how many are drawn on the page
 id        an example by its id; several may be given
 out       the page; artifacts/looks/NAME.html, or NAME-RUN.html
 
+An example that the model's preprocessing refuses is shown with the reason, and counted.
+
 examples:
   python -m pipelines.visualize dataset=digit_scenes
   python -m pipelines.visualize dataset=charts run=sft examples=30
@@ -22,18 +24,18 @@ Not a stage: the page belongs to nothing and may be deleted. Exit codes: 0 writt
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from molmo_model.errors import ConfigError, DataError
+from molmo_model.errors import ArtifactError, ConfigError, DataError
 from pipelines.stage import arguments, exit_on_error, option
 
 if TYPE_CHECKING:
     from molmo_model.data.plan import Plan
     from molmo_model.data.shard_reader import ShardReader
     from molmo_model.eval.dataset_page import Shown
-    from molmo_model.preprocessing.preprocessor import Preprocessor
+    from molmo_model.preprocessing.preprocessor import Encoded, Preprocessor
 
 OPTIONS = ("dataset", "run", "model", "split", "examples", "out", "params")
 LOOKS = Path("artifacts/looks")
@@ -119,12 +121,13 @@ def write(params: Any, options: dict[str, str], ids: Sequence[str]) -> Path:
     plan = None if run is None else _plan(params, run, name)
     packs = 0 if run is None else params.runs[run].train.steps * params.runs[run].train.packs_per_step
     shown = list(itertools.islice(_shown(plan, reader, preprocessor, options, ids), int(options["examples"])))
+    charts, refused = _charts(plan, reader, preprocessor, packs)
     page = Page(
         dataset=name,
-        facts=_facts(reader, run, start),
+        facts=_facts(reader, run, start) | refused,
         problems=_problems(reader.path)[:SHOWN_PROBLEMS],
-        entries=[] if plan is None else _entries(plan, packs),
-        charts=_charts(plan, reader, preprocessor, packs),
+        entries=[] if plan is None else _entries(plan),
+        charts=charts,
     )
     out = Path(options.get("out", LOOKS / f"{name}{'' if run is None else f'-{run}'}.html"))
     text = render(page, shown, preprocessor)
@@ -170,9 +173,8 @@ def _shown(
     splits = reader.index["split"].to_pylist()
     for row in rows:
         example = reader.read(row)
-        yield Shown(
-            example, preprocessor.encode(example), range(len(example.conversations)), f"row {row}, {splits[row]}"
-        )
+        encoded = _or_error(preprocessor.encode, example)
+        yield Shown(example, encoded, range(len(example.conversations)), f"row {row}, {splits[row]}")
 
 
 def _drawn(plan: "Plan", preprocessor: "Preprocessor", dataset: str, ids: set[str]) -> "Iterator[Shown]":
@@ -191,7 +193,15 @@ def _drawn(plan: "Plan", preprocessor: "Preprocessor", dataset: str, ids: set[st
             if ids and example.id not in ids:
                 continue
             where = f"row {draw.row}, position {draw.position} of the run: entry {draw.entry}, epoch {draw.epoch}"
-            yield Shown(example, encode(example, draw, draw.key), draw.conversations, where, draw.tokens, augmented)
+            encoded = _or_error(encode, example, draw, draw.key)
+            yield Shown(example, encoded, draw.conversations, where, draw.tokens, augmented)
+
+
+def _or_error(encode: "Callable[..., Encoded]", *arguments: Any) -> "Encoded | DataError":
+    try:
+        return encode(*arguments)
+    except DataError as error:
+        return error
 
 
 def _spread(rows: Sequence[int], wanted: int) -> list[int]:
@@ -219,12 +229,14 @@ def _problems(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def _entries(plan: "Plan", packs: int) -> list[dict[str, Any]]:
-    """The run's entries. Packs are planned in whole windows, of which the run may need only a part of the last."""
+def _entries(plan: "Plan") -> list[dict[str, Any]]:
+    """The run's entries."""
     mixture = plan.mixture
-    planned = mixture.info.get("packing", {})
-    examples = round(planned.get("examples", 0) * min(1.0, packs / max(planned.get("packs", 0), 1)))
-    drawn = mixture.order.schedule.counts(examples).tolist()
+    packing = mixture.info["packing"]
+    if "drawn" not in packing:
+        raise ArtifactError(
+            "the run's mixture.json does not say what is drawn of each entry; run the mixture stage again"
+        )
     return [
         {
             "name": entry.name,
@@ -232,17 +244,21 @@ def _entries(plan: "Plan", packs: int) -> list[dict[str, Any]]:
             "rate": entry.share / mixture.order.schedule.period,
             "examples": len(entry.rows),
             "conversations": len(entry.conversations),
-            "drawn": count,
-            "epochs": round(count / len(entry.rows), 2),
+            "drawn": packing["drawn"][entry.name],
+            "epochs": round(packing["epochs"][entry.name], 2),
         }
-        for entry, count in zip(mixture.entries, drawn, strict=True)
+        for entry in mixture.entries
     ]
 
 
-def _charts(plan: "Plan | None", reader: "ShardReader", preprocessor: "Preprocessor", packs: int) -> dict[str, str]:
-    """Histograms of the whole dataset, or of an even sample of it, and of the run's first packs."""
+def _charts(
+    plan: "Plan | None", reader: "ShardReader", preprocessor: "Preprocessor", packs: int
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Histograms of the whole dataset, or of an even sample of it, and of the run's first packs; and, for the facts,
+    how many examples the preprocessing refuses, which the histograms leave out, if any."""
     from molmo_model.eval.charts import histogram
 
+    errors: list[DataError] = []
     tokens: list[float] = []
     crops: list[float] = []
     answers: list[float] = []
@@ -250,11 +266,15 @@ def _charts(plan: "Plan | None", reader: "ShardReader", preprocessor: "Preproces
     for row in rows:
         example = reader.facts(row)
         sizes = [(image.width, image.height) for image in example.images]
-        cost = preprocessor.cost_parts(sizes, example.conversations, example.id, example.videos)
+        try:
+            cost = preprocessor.cost_parts(sizes, example.conversations, example.id, example.videos)
+        except DataError as error:
+            errors.append(error)
+            continue
         tokens.append(cost.tokens)
         crops.append(cost.crops)
         answers += [len(m.text or "") for c in example.conversations for m in c.messages if m.role == "assistant"]
-    of = f"{len(rows)} of {len(reader)} examples" if len(rows) < len(reader) else f"{len(rows)} examples"
+    of = f"{len(tokens)} of {len(reader)} examples" if len(tokens) < len(reader) else f"{len(tokens)} examples"
     charts = {
         f"Tokens of {of}, all conversations": histogram("tokens", tokens, x_label="tokens, at most"),
         f"Crops of {of}": histogram("crops", crops, x_label="crops"),
@@ -262,7 +282,9 @@ def _charts(plan: "Plan | None", reader: "ShardReader", preprocessor: "Preproces
     }
     if plan is not None:
         charts |= _pack_charts(plan, packs)
-    return charts
+    if not errors:
+        return charts, {}
+    return charts, {"refused by preprocessing": f"{len(errors)} of {len(rows)} examples, first: {errors[0]}"}
 
 
 def _pack_charts(plan: "Plan", number_of_packs: int) -> dict[str, str]:

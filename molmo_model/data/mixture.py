@@ -4,7 +4,7 @@
 the result, as the mixture stage writes it and training reads it:
 
 - `mixture.json`: the tree of groups and entries with rates, sizes, expected examples and epochs, the digests of the
-  shards, the packing, the leaks that were allowed;
+  shards, the packing, the leaks that were allowed and the examples that were left out for theirs;
 - `costs.arrow`: per entry and example its row, a key from its id, tokens and crops of the shared prefix, and the
   tokens of each conversation that the entry keeps;
 - `schedule.parquet`: the entry of each position of one period, or what a sampled schedule has counted (see `order`);
@@ -21,7 +21,7 @@ adding another one does not, nor does moving it between groups.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,9 +206,9 @@ class Mixture:
         """
         path = Path(path)
         _write(pa.concat_tables([_cost_table(i, e, names) for i, e in enumerate(self.entries)]), path / "costs.arrow")
-        examples = self.info.get("packing", {}).get("examples", 0)
+        planned = 0 if self.planned.packs is None else len(self.planned.packs)
         schedule = self.order.schedule
-        known = schedule.table if isinstance(schedule, Schedule) else schedule.known(examples).ravel()
+        known = schedule.table if isinstance(schedule, Schedule) else schedule.known(planned).ravel()
         pq.write_table(pa.table({"entry": known}), path / "schedule.parquet", compression="zstd")
         counts = np.asarray(self.planned.counts, np.int32)
         pq.write_table(pa.table({"packs": counts}), path / "packs.parquet", compression="zstd")
@@ -224,11 +224,11 @@ class Mixture:
     def tree(self) -> dict[str, Any]:
         """Groups and entries as resolved: rate, size, and of each entry the examples that the planned run is expected
         to draw, those that it draws, and how often it goes through its data."""
-        examples = self.info.get("packing", {}).get("examples", 0)
-        drawn = self.order.schedule.counts(examples).tolist()
+        packing = self.info.get("packing", {})
+        examples, drawn = packing.get("examples", 0), packing.get("drawn", {})
         shown: dict[str, Any] = {}
-        for entry, count in zip(self.entries, drawn, strict=True):
-            rate = entry.share / self.order.schedule.period
+        for entry in self.entries:
+            rate, count = entry.share / self.order.schedule.period, drawn.get(entry.name, 0)
             shown[entry.name] = {
                 "rate": round(rate, 9),
                 "size": round(entry.size, 3),
@@ -321,6 +321,7 @@ def resolve(
     readers: Mapping[str, ShardReader],
     cost_of: CostOf,
     schedule: MixtureSchedule = MixtureSchedule.stratified,
+    left_out: Collection[tuple[str, str]] = (),
 ) -> Mixture:
     """The mixture of a run.
 
@@ -330,10 +331,12 @@ def resolve(
         readers: shards by dataset.
         cost_of: what an example costs; gets it without its pictures' bytes (`ShardReader.facts`).
         schedule: how positions are dealt to the entries.
+        left_out: dataset and id of training examples that no entry draws, whatever its styles.
 
     Raises:
         ConfigError: an entry has a setting that is out of range.
-        DataError: no training example of a dataset has a conversation that the entry keeps.
+        DataError: no training example of a dataset has a conversation that the entry keeps, or all that do are left
+            out.
     """
     sources = mixture_sources(mixture)
     for name, config in sources.items():
@@ -348,7 +351,8 @@ def resolve(
             costs[dataset, row] = cost_of(readers[dataset].facts(row))
         return costs[dataset, row]
 
-    found = {name: _resolve_entry(name, sources[name], readers, cost_at) for name in sorted(sources)}
+    without = set(left_out)
+    found = {name: _resolve_entry(name, sources[name], readers, cost_at, without) for name in sorted(sources)}
     nodes = resolve_rates(mixture, {name: len(entry.rows) for name, entry in found.items()})
     by_name = {node.name: node for group in nodes for node in group.sources()}
     shares = resolve_shares({name: by_name[name].rate for name in found})
@@ -377,6 +381,7 @@ def _resolve_entry(
     config: MixtureEntry,
     readers: Mapping[str, ShardReader],
     cost_at: Callable[[str, int], ExampleCost],
+    left_out: Collection[tuple[str, str]],
 ) -> Entry:
     reader = readers[config.dataset]
     ids, styles = reader.index["id"], reader.index["styles"]
@@ -384,20 +389,30 @@ def _resolve_entry(
     conversations: list[int] = []
     conversation_tokens: list[int] = []
     seen: set[str] = set()
+    without = 0
     for row in reader.rows("train"):
-        of_row = styles[row].as_py()
+        of_row, one = styles[row].as_py(), ids[row].as_py()
         seen.update(of_row)
-        kept = [i for i, style in enumerate(of_row) if not config.styles or style in config.styles]
+        kept = _kept(config, of_row)
         if not kept:
+            continue
+        if (config.dataset, one) in left_out:
+            without += 1
             continue
         cost = cost_at(config.dataset, row)
         rows.append(row)
-        keys.append(key_of(ids[row].as_py()))
+        keys.append(key_of(one))
         tokens.append(cost.tokens)
         crops.append(cost.crops)
         conversations += kept
         conversation_tokens += [cost.conversations[i] for i in kept]
         starts.append(len(conversations))
+    if without and not rows:
+        raise DataError(
+            f"mixture entry {name!r}: nothing is left to draw; all its {without} examples of dataset "
+            f"{config.dataset!r} show an evaluation picture and runs.<run>.leaks leaves such out; take the entry out, "
+            "or the evaluation pictures"
+        )
     if unknown := sorted(set(config.styles) - seen) or ([] if rows else ["any"]):
         raise DataError(
             f"mixture entry {name!r}: no training example of dataset {config.dataset!r} has a conversation of style "
@@ -415,6 +430,11 @@ def _resolve_entry(
         conversations=np.array(conversations, np.int64),
         conversation_tokens=np.array(conversation_tokens, np.int64),
     )
+
+
+def _kept(config: MixtureEntry, styles: Sequence[str]) -> list[int]:
+    """Which conversations of an example an entry keeps, by their styles."""
+    return [i for i, style in enumerate(styles) if not config.styles or style in config.styles]
 
 
 def _cost_table(number: int, entry: Entry, names: Mapping[str, Sequence[str]]) -> pa.Table:
@@ -526,6 +546,12 @@ Files = tuple[str, str, list[str]]
 def two_sides(mixture: Mixture, readers: Mapping[str, ShardReader]) -> tuple[list[Files], list[Files]]:
     """The examples that the mixture draws, and the evaluation examples of all datasets, with their files."""
     trained = {(entry.config.dataset, row) for entry in mixture.entries for row in entry.rows.tolist()}
+    return _files_of(trained, readers)
+
+
+def _files_of(
+    trained: Collection[tuple[str, int]], readers: Mapping[str, ShardReader]
+) -> tuple[list[Files], list[Files]]:
     held_out = {(name, row) for name, reader in readers.items() for row in reader.rows("eval")}
     columns = {name: (reader.index["id"].to_pylist(), reader.files()) for name, reader in readers.items()}
     sides = (
@@ -557,6 +583,37 @@ def check_leaks(mixture: Mixture, readers: Mapping[str, ShardReader], allowed: I
         raise DataError(
             f"{len(refused)} training examples show an evaluation picture, so scores would count memory: "
             f"{'; '.join(lines)}{'; ...' if len(refused) > 10 else ''}; take them out of one of the two splits, or "
-            "accept them by id in runs.<run>.allow_leaks"
+            "accept them by id in runs.<run>.allow_leaks, or leave all of them out with runs.<run>.leaks: drop"
         )
     return leaks
+
+
+def leaks_to_drop(
+    mixture: Mapping[str, MixtureEntry], readers: Mapping[str, ShardReader], allowed: Iterable[str] = ()
+) -> list[Leak]:
+    """The leaks of the examples that `resolve` must leave out, for no other than the allowed ones to remain.
+
+    Args:
+        mixture: `runs.<run>.mixture` of the params.
+        readers: as `check_leaks`.
+        allowed: ids of training examples whose leak is accepted; they stay.
+    """
+    drawn: set[tuple[str, int]] = set()
+    for entry in mixture_sources(mixture).values():
+        reader = readers[entry.dataset]
+        styles = reader.index["styles"]
+        drawn |= {(entry.dataset, row) for row in reader.rows("train") if _kept(entry, styles[row].as_py())}
+    accepted = set(allowed)
+    return [leak for leak in image_leaks(*_files_of(drawn, readers)) if leak.train[1] not in accepted]
+
+
+def described_leaks(leaks: Iterable[Leak]) -> list[dict[str, Any]]:
+    """The examples that were left out for their leaks, for `mixture.json`: each with the evaluation examples whose
+    pictures it shows (of a picture that several of them ask about, one)."""
+    shown: dict[tuple[str, str], dict[tuple[str, str], None]] = {}
+    for leak in leaks:
+        shown.setdefault(leak.train, {})[leak.eval] = None
+    return [
+        {"dataset": dataset, "id": one, "shows": [{"dataset": of, "id": name} for of, name in held_out]}
+        for (dataset, one), held_out in shown.items()
+    ]

@@ -131,8 +131,9 @@ def packing_of(train: TrainConfig) -> dict[str, int | str]:
 def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda done: None) -> Mixture:
     """The plan's mixture with the packs of each window counted for a whole run: training then starts anywhere at once.
 
-    `info["packing"]` then says how full the packs of the run are, how far each entry gets and how many tokens the
-    longest example has.
+    Windows are packed whole, so more packs are planned than the run has. `info["packing"]` speaks of the run's own:
+    how many examples they hold and how many of each entry, how full they are, how far each entry gets. Only
+    `longest_example`, the least that a pack must hold, is that of all planned windows.
 
     Args:
         plan: what to count.
@@ -145,18 +146,21 @@ def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda 
     packing, mixture = plan.packing, plan.mixture
     counts: list[int] = []
     places: list[Ints] = []
-    tokens = crops = done = longest = 0
+    drawn = np.zeros(len(mixture.entries), np.int64)
+    examples = tokens = crops = done = longest = 0
     while done < packs:
         start = len(counts) * packing.window
         of_tokens, of_crops = mixture.costs_at(start, packing.window)
         window = packing.packs_of(len(counts))
         places.append(_places(window, start, packing.window))
         counts.append(len(window))
-        tokens, crops, done = tokens + int(of_tokens.sum()), crops + int(of_crops.sum()), done + counts[-1]
+        mine = places[-1] < packs - done  # the last window may have packs after the run's last
+        drawn += np.bincount(mixture.order.schedule.entries(start + np.flatnonzero(mine)), minlength=len(drawn))
+        examples += int(mine.sum())
+        tokens, crops, done = tokens + int(of_tokens[mine].sum()), crops + int(of_crops[mine].sum()), done + counts[-1]
         longest = max(longest, int(of_tokens.max()))
         report(done)
-    examples = len(counts) * packing.window
-    drawn = mixture.order.schedule.counts(examples).tolist()
+    by_entry = {entry.name: int(count) for entry, count in zip(mixture.entries, drawn, strict=True)}
     capacity = packing.capacity
     settings = {
         "sequence_length": capacity.tokens,
@@ -170,13 +174,15 @@ def plan_packs(plan: Plan, packs: int, report: Callable[[int], object] = lambda 
         **mixture.info,
         "packing": {
             **settings,
-            "packs": done,
+            "packs": packs,
+            "planned_packs": done,
             "examples": examples,
-            "examples_per_pack": round(examples / max(done, 1), 4),
-            "token_fill": round(tokens / max(done * capacity.tokens, 1), 6),
+            "drawn": by_entry,
+            "examples_per_pack": round(examples / max(packs, 1), 4),
+            "token_fill": round(tokens / max(packs * capacity.tokens, 1), 6),
             "longest_example": longest,
-            "crop_fill": round(crops / max(done * capacity.crops, 1), 6),
-            "epochs": {e.name: round(n / len(e.rows), 4) for e, n in zip(mixture.entries, drawn, strict=True)},
+            "crop_fill": round(crops / max(packs * capacity.crops, 1), 6),
+            "epochs": {entry.name: round(by_entry[entry.name] / len(entry.rows), 4) for entry in mixture.entries},
         },
     }
     known = Known(np.array(counts, np.int64), np.concatenate(places) if places else None)

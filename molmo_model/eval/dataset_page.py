@@ -6,7 +6,7 @@ charts inline SVG, and everything that came from data is escaped. Equal inputs g
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from molmo_model.data.example import Conversation, Example, Message, Point
+from molmo_model.data.example import Conversation, Example, Image, Message, Point
+from molmo_model.errors import DataError, MolmoError
 from molmo_model.eval.cards import Picture, embed
 from molmo_model.preprocessing.preprocessor import IGNORE, PREFIX_SEGMENT, Encoded, Preprocessor
 from molmo_model.preprocessing.tiling import IMAGE_TOKENS, layout, letterbox_box
@@ -55,7 +56,8 @@ class Shown:
     """One example on the page."""
 
     example: Example
-    encoded: Encoded
+    encoded: Encoded | DataError
+    """What the model gets, or why its preprocessing refuses the example."""
     conversations: Sequence[int]
     """Which conversations were taken, in the order given to the preprocessor."""
     where: str
@@ -100,34 +102,27 @@ def render(page: Page, shown: Sequence[Shown], preprocessor: Preprocessor) -> st
 
 
 def _example(one: Shown, preprocessor: Preprocessor) -> dict[str, Any]:
-    example, encoded = one.example, one.encoded
+    example, refused = one.example, isinstance(one.encoded, DataError)
     taken = [example.conversations[number] for number in one.conversations]
-    learned = int((encoded.labels != IGNORE).sum())
-    written = spans(encoded, preprocessor)
+    pictures = _pictures(example.images[:MOST_CROPS]) if refused else map(embed, example.images)
     return {
         "id": example.id,
         "where": one.where,
-        "tokens": len(encoded),
-        "reserved": one.tokens,
-        "learned": learned,
-        "crops": len(encoded.pixels),
+        "error": str(one.encoded) if refused else "",
+        **_as_encoded(one, preprocessor),
         "pictures": [
             {
                 "picture": picture,
-                "boxes": [] if one.augmented else crop_boxes(picture.height, picture.width, preprocessor),
+                "boxes": [] if one.augmented or refused else crop_boxes(picture.height, picture.width, preprocessor),
                 "points": _points(taken) if len(example.images) == 1 else [],
             }
-            for picture in map(embed, example.images)
+            for picture in pictures
         ],
-        "thumbnails": [_thumbnail(crop) for crop in encoded.pixels[:MOST_CROPS]],
-        "hidden_crops": max(0, len(encoded.pixels) - MOST_CROPS),
         "films": [
             f"{video.format} {video.width} x {video.height}, {video.frames} frames, {video.duration:.2f} s"
             + (f", of which {video.clip[0]:g} to {video.clip[1]:g} s" if video.clip else "")
             for video in example.videos
         ],
-        "spans": written[:MOST_SPANS],
-        "hidden_spans": max(0, len(written) - MOST_SPANS),
         "conversations": [
             {
                 "style": conversation.style,
@@ -137,6 +132,32 @@ def _example(one: Shown, preprocessor: Preprocessor) -> dict[str, Any]:
             for conversation in taken
         ],
     }
+
+
+def _as_encoded(one: Shown, preprocessor: Preprocessor) -> dict[str, Any]:
+    """What a card says of the tokens and the crops; of a refused example there are none."""
+    if isinstance(one.encoded, DataError):
+        return {"thumbnails": [], "hidden_crops": 0, "spans": [], "hidden_spans": 0}
+    written = spans(one.encoded, preprocessor)
+    return {
+        "tokens": len(one.encoded),
+        "reserved": one.tokens,
+        "learned": int((one.encoded.labels != IGNORE).sum()),
+        "crops": len(one.encoded.pixels),
+        "thumbnails": [_thumbnail(crop) for crop in one.encoded.pixels[:MOST_CROPS]],
+        "hidden_crops": max(0, len(one.encoded.pixels) - MOST_CROPS),
+        "spans": written[:MOST_SPANS],
+        "hidden_spans": max(0, len(written) - MOST_SPANS),
+    }
+
+
+def _pictures(images: Sequence[Image]) -> Iterator[Picture]:
+    """Those that can be shown: an example may be refused for a picture that no one can decode."""
+    for image in images:
+        try:
+            yield embed(image)
+        except (OSError, ValueError, MolmoError):
+            continue
 
 
 def crop_boxes(height: int, width: int, preprocessor: Preprocessor) -> list[Box]:

@@ -36,7 +36,10 @@ def plan_film(
     if not videos:
         return None
     if len(videos) > config.max_images:
-        raise DataError(f"example {name}: has {len(videos)} videos, more than max_images {config.max_images}")
+        raise DataError(
+            f"example {name}: has {len(videos)} videos, more than max_images {config.max_images}; raise the model's "
+            "preprocessing.max_images"
+        )
     if config.selector_tokens or config.tiling.fused:
         what = "a token selector" if config.selector_tokens else "crop_mode hierarchical"
         raise ConfigError(f"example {name}: has a video, and a model with {what} takes still images only")

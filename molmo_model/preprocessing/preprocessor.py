@@ -408,7 +408,10 @@ class Preprocessor:
     def _layouts(self, name: str, sizes: Sequence[tuple[int, int]], changes: Sequence[Change] = ()) -> list[Layout]:
         """The geometry of every image, after its change if there is one."""
         if len(sizes) > self.config.max_images:
-            raise DataError(f"example {name}: has {len(sizes)} images, more than max_images {self.config.max_images}")
+            raise DataError(
+                f"example {name}: has {len(sizes)} images, more than max_images {self.config.max_images}; raise the "
+                "model's preprocessing.max_images"
+            )
         finer = [change.high_res for change in changes] or [False] * len(sizes)
         return [
             layout(height, width, self._high_res_tiling if fine else self._tiling)

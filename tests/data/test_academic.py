@@ -370,18 +370,43 @@ def test_st_qa(tmp_path: Path) -> None:
 
 def test_ai2d(tmp_path: Path) -> None:
     features = Features({"question": Value("string"), "options": STRINGS, "answer": Value("string"), "image": Image()})
-    row = {"question": "which is a fungus?", "options": ["a", "c", "d", "b"], "answer": "2", "image": hub_image(1)}
+    choices = ["cup", "toadstool", "d", "b"]
+    row = {"question": "which is a fungus?", "options": choices, "answer": "1", "image": hub_image(1)}
     wrong = [row | {"answer": "4"}, row | {"answer": "C"}, row | {"options": ["a"], "answer": "0"}]
     snapshot(tmp_path, features, {"test": [row, *wrong]})
     made = read("ai2d", tmp_path)
     metadata = {"question_id": "test-0000000", "has_transparent_box": False}
-    talk = offered("ai2_diagram", "which is a fungus?", ["a", "c", "d", "b"], 2, metadata)
+    talk = offered("ai2_diagram", "which is a fungus?", choices, 1, metadata)
     assert talks(made) == {"test-0000000": ("eval", png(1), (talk,))}
     assert [row[1:] for row in bad(made)] == [
         (2, "options", "has 4 choices, but the answer is number 4 from 0"),
         (3, "answer", "is 'C'; it must be a whole number"),
         (4, "options", "has 1 choices; a question offers 2 to 26"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "shown", "right"),
+    [
+        (["a", "c", "d", "b"], 2, ["A", "C", "D", "B"], "D"),
+        (["f", "none of these", "B", "k"], 1, ["F", "none of these", "B", "K"], "none of these"),
+        (["f", "F", "g", "h"], 1, ["F", "G", "H"], "F"),  # offered twice
+        (["a", "cat", "dog", "b"], 0, None, "A"),
+        (["1", "2", "3", "4"], 3, None, "D"),
+        (["e", "e"], 1, None, "B"),
+    ],
+)
+def test_letters_of_the_diagram_get_no_letters(
+    tmp_path: Path, choices: list[str], answer: int, shown: list[str] | None, right: str
+) -> None:
+    features = Features({"question": Value("string"), "options": STRINGS, "answer": Value("string"), "image": Image()})
+    row = {"question": "which is it?", "options": choices, "answer": str(answer), "image": hub_image(1)}
+    snapshot(tmp_path, features, {"test": [row]})
+    ((_, _, (talk,)),) = talks(read("ai2d", tmp_path)).values()
+    asked, said = talk.messages
+    assert (talk.style, said.text) == ("ai2_diagram_no_letter" if shown else "ai2_diagram", right)
+    assert list(asked.options) == talk.metadata["options"] == (shown or choices)
+    assert talk.metadata["options"][talk.metadata["answer_index"]] == talk.metadata["answer"]
 
 
 def test_ai2d_with_opaque_and_transparent_boxes(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_files_of_urls_in_three_forms(workspace):
     Path("urls.txt").write_bytes(b"http://h/\xff\n")
     with pytest.raises(DataError, match="not UTF-8"):
         list(urls_of("urls.txt"))
-    with pytest.raises(ConfigError, match="must end with"):
+    with pytest.raises(ConfigError, match=r"urls.csv must end with .txt, .jsonl or .parquet"):
         list(urls_of("urls.csv"))
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from molmo_assets import flow
 from molmo_assets.checks import RULES
+from molmo_assets.metadata import describe
 from molmo_model.artifacts import write_manifest
-from molmo_model.config import DatasetConfig, MixtureEntry, Params, RunConfig, TaskConfig
+from molmo_model.config import DatasetConfig, LeakRule, MixtureEntry, Params, RunConfig, TaskConfig
 from molmo_model.data.loader import generator
-from molmo_model.data.mixture import Leak, Mixture, check_leaks, image_leaks, map_table, resolve
+from molmo_model.data.mixture import Leak, Mixture, check_leaks, image_leaks, leaks_to_drop, map_table, resolve
 from molmo_model.data.near_duplicates import NearDuplicate
 from molmo_model.data.plan import Plan, plan_packs
 from molmo_model.data.shard_reader import ShardReader
@@ -118,23 +119,28 @@ def test_two_builds_write_the_same_bytes(plan, tmp_path):
 
 
 def test_planned_counts_spare_replaying_and_say_how_full_the_packs_are(plan, tmp_path):
-    mixture = saved(plan, tmp_path / "mix", packs=60)
+    mixture = saved(plan, tmp_path / "mix", packs=53)
     packing = mixture.info["packing"]
-    whole = [plan.pack(p) for p in range(packing["packs"])]
-    assert packing["packs"] >= 60 and packing["examples"] == sum(map(len, whole))
+    whole = [plan.pack(p) for p in range(53)]
+    assert (packing["packs"], packing["examples"]) == (53, sum(map(len, whole)))
+    assert packing["planned_packs"] == sum(mixture.planned.counts) == 60  # of whole windows
+    assert packing["examples_per_pack"] == pytest.approx(packing["examples"] / 53, abs=1e-4)
     assert packing["token_fill"] == pytest.approx(
         sum(d.tokens for p in whole for d in p) / (160 * len(whole)), abs=1e-6
     )
     assert packing["crop_fill"] == pytest.approx(sum(d.crops for p in whole for d in p) / (12 * len(whole)), abs=1e-6)
-    assert packing["longest_example"] == max(d.tokens for p in whole for d in p)
+    planned = [plan.pack(p) for p in range(packing["planned_packs"])]
+    assert packing["longest_example"] == max(d.tokens for p in planned for d in p)
     drawn = Counter(d.entry for p in whole for d in p)
+    assert packing["drawn"] == drawn
+    assert {name: one["drawn_examples"] for name, one in mixture.tree().items()} == drawn
     sizes = {entry.name: len(entry.rows) for entry in mixture.entries}
     assert packing["epochs"] == pytest.approx({name: drawn[name] / sizes[name] for name in sizes}, abs=1e-4)
 
     loaded, windows = Mixture.load(tmp_path / "mix"), []
     costs_at = loaded.costs_at
     loaded.costs_at = lambda start, count: windows.append(start) or costs_at(start, count)
-    assert Plan.of(loaded, plan.readers, train_config()).pack(55) == whole[55]
+    assert Plan.of(loaded, plan.readers, train_config()).pack(55) == planned[55]
     assert not windows  # nothing is packed again
     # counts of other capacities are not used
     assert Plan.of(loaded, plan.readers, train_config(sequence_length=200)).packing.counts(5) != list(
@@ -299,6 +305,58 @@ def test_pictures_that_a_task_asks_about_may_not_be_trained_on(world, capsys):
     assert document["allowed_leaks"] == ["d0-7"]
     assert set(document["shards"]) == {"d0", "d1"}  # training reads no other
     assert "not looked for near duplicates in bench, d0, d1" in capsys.readouterr().out
+
+
+def test_leaks_can_be_dropped_before_anything_is_counted(world):
+    """Of two training pictures that a task asks about, one is accepted and stays, the other is left out; the entry that
+    keeps neither style is none the worse."""
+    params, _ = world
+    stamp = {"version": 1, "params": {}, "inputs": {}, "code": "", "summary": {}}
+    asked = [("eval", dataclasses.replace(example(number, "asked"), id=f"asked{number}")) for number in (7, 8, 103)]
+    write_shards([*asked, ("train", example(901, "asked"))], "artifacts/shards/bench", 20_000)
+    write_manifest("artifacts/shards/bench", schema="molmo/shards", **stamp)
+    params.datasets["bench"] = DatasetConfig(family="chat")
+    params.tasks["t"] = TaskConfig(dataset="bench", metric="exact_match")
+    one = params.runs["r"]
+    one.mixture["z"] = MixtureEntry(dataset="d1", styles=["caption"])
+    one.leaks, one.allow_leaks = LeakRule.drop, ["d0-8"]
+    manifest = run(mixture_stage.STAGE, params, run="r")
+    document = json.loads(Path("artifacts/mixture/r/mixture.json").read_text())
+    assert document["dropped_leaks"] == [
+        {"dataset": "d0", "id": "d0-7", "shows": [{"dataset": "bench", "id": "asked7"}]},
+        {"dataset": "d1", "id": "d1-103", "shows": [{"dataset": "bench", "id": "asked103"}]},
+    ]
+    assert (manifest.summary["dropped_leaks"], document["allowed_leaks"]) == (2, ["d0-8"])
+    sizes = manifest.summary["examples"]
+    assert (sizes["x"], sizes["y"]) == (35, 21)  # of 36 and 22
+    costs = map_table(Path("artifacts/mixture/r/costs.arrow"))["id"].to_pylist()
+    assert not {"d0-7", "d1-103"} & set(costs) and "d0-8" in costs
+    shown = flow.artefact("mixture", "r", params)
+    metadata = describe(shown, manifest)
+    assert metadata["dropped_leaks"] == 2 and "bench asked103" in metadata["left_out"].value
+
+    # what no entry draws is not left out of it
+    one.mixture = {"x": MixtureEntry(dataset="d0"), "z": MixtureEntry(dataset="d1", styles=["count"])}
+    has_count = "count" in [talk.style for talk in example(103).conversations]
+    assert run(mixture_stage.STAGE, params, run="r").summary["dropped_leaks"] == 1 + has_count
+    one.leaks = LeakRule.refuse
+    with pytest.raises(DataError, match=r"'d0-7'.*runs.<run>.leaks: drop"):
+        run(mixture_stage.STAGE, params, run="r")
+
+
+def test_an_entry_that_dropped_leaks_leave_empty_is_refused_by_name(plan, tmp_path):
+    copies = [("train", example(20, "copy")), ("train", example(10, "copy"))]  # of d0's evaluation rows
+    write_shards(copies, tmp_path / "copies", 20_000)
+    readers = {"d0": plan.readers["d0"], "copies": ShardReader(tmp_path / "copies")}
+    entries = {"a": MixtureEntry(dataset="d0"), "b": MixtureEntry(dataset="copies")}
+    left_out = [leak.train for leak in leaks_to_drop(entries, readers)]
+    assert sorted(set(left_out)) == [("copies", "copy-10"), ("copies", "copy-20")]
+    with pytest.raises(DataError, match=r"entry 'b': nothing is left.* all its 2 examples of dataset 'copies'"):
+        resolve(entries, 1, readers, cost_of, left_out=left_out)
+    (kept,) = {leak.train[1] for leak in leaks_to_drop(entries, readers, allowed=["copy-10"])}
+    assert kept == "copy-20"
+    mixture = resolve(entries, 1, readers, cost_of, left_out=[("copies", kept)])
+    assert [len(entry.rows) for entry in mixture.entries] == [36, 1]
 
 
 def test_near_duplicates_of_a_run_are_told(world, capsys, monkeypatch):

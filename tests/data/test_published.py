@@ -100,6 +100,38 @@ def test_a_snapshot_without_a_card_is_read_by_the_names_of_its_files(tmp_path: P
     assert [split for split, _ in make(PLAIN, tmp_path)] == ["train", "eval"]
 
 
+@pytest.mark.parametrize(
+    ("names", "pattern", "mixed"),
+    [
+        (
+            ["data/train-0.jsonl", "data/test-0.jsonl"],
+            "data/*.jsonl",
+            r"test \(.*data/test-0.jsonl\), train \(.*/train-0",
+        ),
+        (["a/training/0.jsonl", "a/dev/0.jsonl"], "a/**/*.jsonl", r"2 published splits: train .*, validation \("),
+        (["train2014_a.jsonl", "val2014_a.jsonl"], "*_a.jsonl", "train .*, validation "),
+        (["test/train-0.jsonl", "test/train-1.jsonl"], "test/*.jsonl", None),  # the folder is no part of the pattern
+        (["train-0.jsonl", "more.jsonl", "contest.jsonl", "valley-1.jsonl"], "*.jsonl", None),
+    ],
+)
+def test_a_pattern_over_several_published_splits_is_refused(
+    tmp_path: Path, names: list[str], pattern: str, mixed: str | None
+) -> None:
+    root = tmp_path / "validation"
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{number}.png").write_bytes(png(number))
+        json_lines(root / name, [{"id": f"e{number}", "image": f"{number}.png", "question": "what?"}])
+    config = {"image_root": str(root), "eval_fraction": 0.0}
+    if mixed is None:
+        assert len(good(make(PLAIN, f"{root}/{pattern}", **config))) == len(names)
+        return
+    with pytest.raises(DataError, match=mixed + ".*one split.*or to the folder"):
+        make(PLAIN, f"{root}/{pattern}", **config)
+    joined = family(replace(SET, splits={"train": "train+validation+test"}), convert)
+    assert len(good(make(joined, f"{root}/{pattern}", **config))) == len(names)  # all on one side
+
+
 def test_subsets_are_read_in_order_and_can_be_chosen(tmp_path: Path) -> None:
     @dataclass
     class Options:

@@ -89,7 +89,9 @@ def test_the_page_s_example_draws_what_the_page_says(
     assert (drawings["rate"], drawings["size"], drawings["examples"]) == (0.05, 9, 36)
     examples = document["packing"]["examples"]
     assert drawings["expected_examples"] == pytest.approx(examples / 20)
-    positions = Counter(draw.entry for draw in mixture.draws(range(examples)))
+    plan = Plan.of(mixture, readers, train_config())
+    positions = Counter(draw.entry for pack in range(100) for draw in plan.pack(pack))
+    assert sum(positions.values()) == examples
     assert drawings["drawn_examples"] == positions["drawings"]
     assert drawings["epochs"] == pytest.approx(positions["drawings"] / 36, abs=1e-4)
     assert tree["demo"]["entries"]["questions"]["size"] == 900
@@ -169,8 +171,12 @@ def sources(group: int) -> dict[str, MixtureEntry]:
         ({"a": {"dataset": "charts", "size": 5}}, r"mixture.a.size: size is 5.0, .*rule: root_size"),
         ({"g": {"entries": {"a": {"dataset": "charts", "size": 5}}}}, r"mixture.g.entries.a.size"),
         ({"g": {"entries": {"a": {"dataset": "charts", "rate": -1}}}}, r"mixture.g.entries.a.rate is -1"),
-        ({"a": {"dataset": "charts"}, "g": {"entries": {"a": {"dataset": "charts"}}}}, "two sources are called 'a'"),
-        ({"g": {"entries": {"a": {"dataset": "nowhere"}}}}, "nowhere"),
+        (
+            {"a": {"dataset": "charts"}, "g": {"entries": {"a": {"dataset": "charts"}}}},
+            "runs.sft.mixture: two sources are called 'a'",
+        ),
+        ({"g": {"entries": {"a": {"dataset": "nowhere"}}}}, r"runs.sft.mixture.g.entries.a.dataset 'nowhere'"),
+        ({"g": {"entries": ["charts"]}}, "params.*: a list stands where"),
         ({"g": {"entries": {"a/b": {"dataset": "charts"}}}}, "a/b"),
     ],
 )

@@ -28,7 +28,7 @@ from molmo_model.artifacts import write_manifest
 from molmo_model.config import DatasetConfig, params_from_dict
 from molmo_model.data.datasets import chat_rows
 from molmo_model.data.downloads import Download, Status, write_list
-from molmo_model.data.example import Conversation, Example, Image, Message
+from molmo_model.data.example import UNLABELLED_STYLES, Conversation, Example, Image, Message
 from molmo_model.data.shard_reader import ShardReader
 from molmo_model.data.shards import write_shards
 from molmo_model.errors import DataError
@@ -348,22 +348,24 @@ def test_dead_links_are_listed_and_are_no_fault(workspace):
 
 
 OPTIONS = ("red", "green", "blue")
+UNLABELLED = min(UNLABELLED_STYLES)
+"""A style whose choices are shown without letters."""
 
 
 @pytest.mark.parametrize(
-    ("options", "answer", "field"),
+    ("style", "options", "answer", "field"),
     [
-        (("red", "green", "red"), "A", r"messages\[0\].options\[2\] is 'red' as options\[0\] is"),
-        (("red",), "A", r"messages\[0\].options are 1; a question offers 2 to 26"),
-        (("red", " "), "A", r"messages\[0\].options\[1\] is ' '"),
-        (OPTIONS, "D", r"messages\[1\].text is 'D', none of the options and no letter from A to C"),
-        (OPTIONS, "yellow", r"messages\[1\].text is 'yellow', none of the options"),
+        (UNLABELLED, ("red", "green", "red"), "red", r"messages\[0\].options\[2\] is options\[0\] again"),
+        ("qa", ("red",), "A", r"messages\[0\].options are 1; a question offers 2 to 26"),
+        ("qa", ("red", " "), "A", r"messages\[0\].options\[1\] is ' '"),
+        ("qa", OPTIONS, "D", r"messages\[1\].text is 'D', none of the options and no letter from A to C"),
+        ("qa", OPTIONS, "yellow", r"messages\[1\].text is 'yellow', none of the options"),
     ],
 )
-def test_choices_that_make_no_sense_are_no_examples(options, answer, field):
+def test_choices_that_make_no_sense_are_no_examples(style, options, answer, field):
     question = Message("user", "Which colour?", options=options)
     with pytest.raises(DataError, match=rf"example 'e': conversations\[0\].{field}"):
-        Example("e", (), (Conversation("qa", (question, Message("assistant", answer))),))
+        Example("e", (), (Conversation(style, (question, Message("assistant", answer))),))
 
 
 def test_choices_that_do():

@@ -177,6 +177,25 @@ def test_a_broken_index_stops_the_stage(workspace):
         stage.run(validate.STAGE, config, dataset="scenes")
 
 
+def test_a_byte_that_changed_since_is_told_by_id_though_the_picture_s_hash_is_remembered(workspace):
+    config = params(scenes={**SCENES, "train_examples": 6})
+    stage.run(shards.STAGE, config, dataset="scenes")
+    stage.run(validate.STAGE, config, dataset="scenes")
+    reader = ShardReader("artifacts/shards/scenes")
+    places = reader.index.take([1, 4]).to_pylist()
+    for place in places:
+        shard = reader.path / place["shard"]
+        content = bytearray(shard.read_bytes())
+        content[place["offset"] + place["size"] // 2] ^= 1
+        shard.unlink()
+        shard.write_bytes(content)
+    shutil.rmtree("artifacts/validation")
+    shutil.rmtree(".state/validate")
+    with pytest.raises(DataError, match="2 of [0-9]+ examples cannot be read") as told:
+        stage.run(validate.STAGE, config, dataset="scenes")
+    assert all(place["id"] in str(told.value) for place in places)
+
+
 def test_nothing_heavy_is_imported_for_help():
     code = (
         "import sys; import pipelines.validate; "

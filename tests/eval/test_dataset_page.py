@@ -1,17 +1,21 @@
 """The page that shows a dataset as the model gets it."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from molmo_model.config import load_params
+from molmo_model.artifacts import write_manifest
+from molmo_model.config import DatasetConfig, Params, load_params
 from molmo_model.data.example import POINT_MARK, Conversation, Example, Image, InlinePoints, Message
+from molmo_model.data.shards import write_shards
 from molmo_model.errors import ConfigError
 from molmo_model.eval.charts import histogram
 from molmo_model.eval.dataset_page import Page, Shown, crop_boxes, render, spans
-from molmo_model.model_config import CropMode, PreprocessingConfig
+from molmo_model.model_config import CropMode, ModelConfig, PreprocessingConfig
 from molmo_model.preprocessing.preprocessor import IGNORE, Preprocessor
 from molmo_model.preprocessing.preprocessor_config import PreprocessorConfig
 from molmo_model.preprocessing.tokenizer import load_tokenizer
@@ -128,6 +132,30 @@ def test_a_histogram_counts_every_value():
     assert sum(int(count) for count in re.findall(r": (\d+)</title></rect>", shares)) == 3
 
 
+def test_an_example_that_is_refused_is_a_card_with_its_error(preprocessor, tmp_path, monkeypatch):
+    """The others are shown and counted as if it was not there; a picture that nobody can decode is left out."""
+    monkeypatch.chdir(tmp_path)
+    stamp = {"version": 1, "params": {}, "inputs": {}, "code": "", "summary": {}}
+    preprocessor(max_images=2).save_pretrained("artifacts/checkpoints/m/step-000000")
+    album = replace(example("album<1>"), images=(picture(90, 150), picture(60, 60), picture(64, 80)))
+    conversations = album.conversations[:1]  # points need to know in which picture they lie
+    album = replace(album, conversations=conversations)
+    broken = replace(album, id="broken", images=(Image(b"GIF89a" + b"\0" * 300_000, 90, 150, "GIF"),))
+    written = [("train", one) for one in (example("first"), album, broken, example("last"))]
+    write_shards(written, "artifacts/shards/d", 20_000_000)
+    write_manifest("artifacts/shards/d", schema="molmo/shards", **stamp)
+    params = Params(seed=1, datasets={"d": DatasetConfig(family="chat")}, models={"m": ModelConfig()})
+    text = visualize.write(params, {"dataset": "d", "examples": "4"}, []).read_text()
+    assert text.count('<article class="example"') == 4 and text.count('<p class="tokens">') == 2
+    reason = "album&lt;1&gt;: has 3 images, more than max_images 2; raise the model&#39;s preprocessing.max_images"
+    assert f"preprocessing:</strong> example {reason}" in text
+    cards = {card.split("<span")[0].strip(): card for card in text.split("<h3>")[1:]}
+    assert [cards["album&lt;1&gt;"].count("<img"), cards["broken"].count("<img")] == [3, 0]
+    assert "cannot be decoded" in cards["broken"]
+    assert f"<dd>1 of 4 examples, first: example {reason}</dd>" in text  # sizes tell nothing of broken pictures
+    assert "Tokens of 3 of 4 examples" in text
+
+
 @pytest.mark.slow
 def test_the_command_shows_what_a_run_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -146,6 +174,9 @@ def test_the_command_shows_what_a_run_draws(tmp_path, monkeypatch, capsys):
     text = Path("page.html").read_text()
     assert text.count('<article class="example"') == 5 and "entry charts, epoch 0" in text and "30.00%" in text
     packs = params.runs["sft"].train.packs_per_step * 2
+    document = json.loads(Path("artifacts/mixture/sft/mixture.json").read_text())
+    rows = re.findall(r'<tr><th scope="row">(\w+)</th>.*<td>(\d+)</td><td>[\d.]+</td></tr>', text)
+    assert {name: int(drawn) for name, drawn in rows} == document["packing"]["drawn"]
     assert f"first {packs} packs," in text  # those of the run, not all that its last window was planned for
     capsys.readouterr()
     for argv, words in (

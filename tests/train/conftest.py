@@ -60,6 +60,7 @@ PARAMS: dict[str, Any] = {
                 "sequence_length": 512,
                 "crops_per_pack": 24,
                 "packing_window": 16,
+                "packing": "best_fit",
                 "save_every": 10,
                 "processes": 2,
                 "optim": {"vision": OPTIM, "connector": {**OPTIM, "learning_rate": 6.0e-3}, "language": OPTIM},

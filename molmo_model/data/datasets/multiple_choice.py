@@ -6,8 +6,10 @@ the choices, the right one's number from 0 and its text.
 AI2D asks about parts of diagrams by letters in boxes on the picture. The hub's test set has them drawn opaquely, over
 the labels that they replace (`ai2_diagram`; the copy with the original pictures is `lmms-lab/ai2d-no-mask`). For
 training, Molmo's builder writes every such picture twice, with opaque boxes and with transparent ones beside the label;
-family `ai2d_boxes` reads what it writes. Where (nearly) all choices are themselves letters on the picture, they get no
-letters of their own (style `ai2_diagram_no_letter`): the answer is one of the choices.
+family `ai2d_boxes` reads what it writes. Where all choices but at most one are themselves letters on the picture, they
+get no letters of their own (style `ai2_diagram_no_letter`): the answer is one of the choices. The rule is that of
+olmo/data/academic_image_datasets.py in molmo2. Molmo's builder says which choices are letters; the hub's rows do not,
+there every single letter is one.
 """
 
 import ast
@@ -48,9 +50,10 @@ class EvalOptions:
 
 def _ai2d(fields: Fields, files: Files, options: Any) -> Example:
     """A row of lmms-lab/ai2d: `answer` is the number of the right choice, from 0, as text."""
-    question, choices = text(fields, "question"), texts(fields, "options")
+    question, choices, answer = text(fields, "question"), texts(fields, "options"), whole(fields, "answer")
     metadata = {"question_id": fields[ROW_KEY], "has_transparent_box": False}
-    talk = choose("ai2_diagram", question, choices, whole(fields, "answer"), metadata)
+    letters = [len(choice) == 1 and choice.isascii() and choice.isalpha() for choice in choices]
+    talk = _diagram(question, choices, letters, True, answer, metadata, "options")
     return Example(fields[ROW_KEY], (files.image(fields.get("image"), "image"),), (talk,))
 
 
@@ -72,22 +75,28 @@ def _ai2d_boxes(fields: Fields, files: Files, options: BoxOptions) -> Example | 
         raise RowError(
             "option_is_abc", f"is {letters!r}; it must have one flag for each of {len(choices)} answer_texts"
         )
-    talk = _diagram(text(fields, "question"), choices, letters, boxed, whole(fields, "correct_answer"), metadata)
+    answer = whole(fields, "correct_answer")
+    talk = _diagram(text(fields, "question"), choices, letters, boxed, answer, metadata, "answer_texts")
     kind = "transparent" if transparent else "opaque"
     image = files.image(fields.get("image"), "image")
     return Example(f"{name}-{kind}" if boxed else name, (image,), (talk,))
 
 
 def _diagram(
-    question: str, choices: list[str], letters: Sequence[Any], boxed: bool, answer: int, metadata: Fields
+    question: str, choices: list[str], letters: Sequence[Any], boxed: bool, answer: int, metadata: Fields, field: str
 ) -> Conversation:
-    if not boxed or sum(map(bool, letters)) < len(choices) - 1:
-        return choose("ai2_diagram", question, choices, answer, metadata, field="answer_texts")
-    if not 0 <= answer < len(choices):
-        raise RowError("correct_answer", f"is {answer}, but there are {len(choices)} answer_texts")
-    shown = [choice.upper() if letter else choice for choice, letter in zip(choices, letters, strict=True)]
-    facts = {"options": shown, "answer_index": answer, "answer": shown[answer]} | metadata
-    messages = (Message("user", question, options=tuple(shown)), Message("assistant", shown[answer]))
+    """Args:
+    letters: for each choice whether it is a letter on the picture.
+    boxed: whether the picture has letters.
+    field: the choices' name in the row.
+    """
+    lettered = choose("ai2_diagram", question, choices, answer, metadata, field)
+    written = [choice.upper() if letter else choice for choice, letter in zip(choices, letters, strict=True)]
+    shown = list(dict.fromkeys(written))  # some questions offer a choice twice
+    if not boxed or sum(map(bool, letters)) < len(choices) - 1 or len(shown) < 2:
+        return lettered
+    facts = {"options": shown, "answer_index": shown.index(written[answer]), "answer": written[answer]} | metadata
+    messages = (Message("user", question, options=tuple(shown)), Message("assistant", written[answer]))
     return Conversation("ai2_diagram_no_letter", messages, metadata=facts)
 
 

@@ -37,6 +37,12 @@ MAX_JSON_BYTES = 2 * 2**30
 """A larger `.json` file, which is read whole, is refused."""
 JSON_LISTS = ("data", "annotations", "questions", "qa_pairs")
 """Names under which the annotations of challenges hold their rows."""
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "testmini", "eval", "evaluation"),
+}
+"""Published split to the words that say so in the name of a file or a folder; digits may follow, as in `val2014`."""
 ROW_KEY = "__key__"
 """Field that the reader adds: a name of the row within the dataset; in a WebDataset it is there already."""
 SUBSET_KEY = "__subset__"
@@ -101,10 +107,13 @@ def rows(config: DatasetConfig, published: Published, split: str, subsets: list[
         subsets: only these of `published.subset`; None is all.
 
     Raises:
-        DataError: there is no such split or file, it is broken as a whole, or the hub cannot be reached.
+        DataError: there is no such split or file, it is broken as a whole, or the hub cannot be reached; or `path` is a
+            pattern that matches files of several published splits.
     """
     if config.path is not None and names_files(config.path):
-        yield from _keyed((row for file in _matching(config.path) for row in _file_rows(file, file)), "row", {})
+        files = _matching(config.path)
+        _refuse_mixed_splits(config.path, files, published)
+        yield from _keyed((row for file in files for row in _file_rows(file, file)), "row", {})
         return
     if config.path is None and published.by_hand is not None:
         raise DataError(
@@ -301,7 +310,7 @@ def _matching(path: str) -> list[str]:
             raise DataError(f"{path} is no file; set `path` of the dataset")
         return [path]
     if is_remote(path):
-        folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        folder = _fixed_folder(path)
         found = [join(folder, name) for name in list_files(folder)]
         found = [name for name in found if fnmatch.fnmatch(name, path)]
     else:
@@ -309,6 +318,43 @@ def _matching(path: str) -> list[str]:
     if not found:
         raise DataError(f"no file is named like {path}; set `path` of the dataset")
     return found
+
+
+def _refuse_mixed_splits(path: str, files: Sequence[str], published: Published) -> None:
+    """A pattern over several splits would train on what was published to evaluate on. Splits that the family joins for
+    one of its sides may stand together.
+
+    Raises:
+        DataError: it names the splits, each with a file.
+    """
+    folder = _fixed_folder(path)
+    splits: dict[str, str] = {}
+    for name in files:
+        if split := _split_in(name[len(folder) :]):
+            splits.setdefault(split, name)
+    sides = [{_split_in(part) for part in side.split("+")} for side in published.splits.values() if side]
+    if len(splits) > 1 and not any(set(splits) <= side for side in sides):
+        listed = ", ".join(f"{split} ({name})" for split, name in sorted(splits.items()))
+        raise DataError(
+            f"{path} matches files of {len(splits)} published splits: {listed}. Files have no split of their own, so "
+            "evaluation would be trained on; set `path` of the dataset to the files of one split, as `train-*` does, "
+            "or to the folder, whose splits are kept apart"
+        )
+
+
+def _split_in(name: str) -> str | None:
+    """The published split that a file's name says, or else the nearest folder's; the first of several words counts."""
+    for part in reversed(PurePosixPath(name).parts):
+        for word in re.split(r"[^a-z]+", part.lower()):
+            for split, words in SPLIT_WORDS.items():
+                if word in words:
+                    return split
+    return None
+
+
+def _fixed_folder(path: str) -> str:
+    """The folder in front of a pattern's first wildcard."""
+    return re.split(r"[*?\[]", path)[0].rpartition("/")[0]
 
 
 def _below(path: str) -> list[str]:
