@@ -191,7 +191,7 @@ def test_a_byte_that_changed_since_is_told_by_id_though_the_picture_s_hash_is_re
         shard.write_bytes(content)
     shutil.rmtree("artifacts/validation")
     shutil.rmtree(".state/validate")
-    with pytest.raises(DataError, match="2 of [0-9]+ examples cannot be read") as told:
+    with pytest.raises(DataError, match=r"2 of \d+ examples cannot be read") as told:
         stage.run(validate.STAGE, config, dataset="scenes")
     assert all(place["id"] in str(told.value) for place in places)
 
