@@ -756,6 +756,11 @@ def mixture_sources(mixture: Mapping[str, MixtureEntry], key: str = "mixture") -
     return sources
 
 
+def drawn_datasets(params: Params, run: str) -> list[str]:
+    """The datasets that a run's mixture draws from, once each, sorted."""
+    return sorted({entry.dataset for entry in mixture_sources(params.runs[run].mixture).values()})
+
+
 def saved_steps(train: TrainConfig) -> list[int]:
     """The steps at which a run writes a checkpoint: every `save_every` and the last."""
     return sorted({*range(train.save_every, train.steps + 1, train.save_every), train.steps})

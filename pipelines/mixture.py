@@ -31,7 +31,7 @@ def build(build: Build) -> dict[str, Any]:
     """Writes the mixture; returns rates, sizes, epochs and fill."""
     from tqdm import tqdm
 
-    from molmo_model.config import LeakRule
+    from molmo_model.config import LeakRule, drawn_datasets
     from molmo_model.data.mixture import check_leaks, described_leaks, leaks_to_drop, map_table, resolve
     from molmo_model.data.plan import Plan, plan_packs
     from molmo_model.data.schemas import check_table
@@ -39,7 +39,9 @@ def build(build: Build) -> dict[str, Any]:
     from molmo_model.preprocessing.preprocessor import Preprocessor
 
     run = build.params.runs[build.key["run"]]
-    readers = {name: ShardReader(build.inputs[f"shards/{name}"]) for name in _datasets(build.params, build.key)}
+    readers = {
+        name: ShardReader(build.inputs[f"shards/{name}"]) for name in drawn_datasets(build.params, build.key["run"])
+    }
     asked = {name: ShardReader(build.inputs[f"shards/{name}"]) for name in asked_datasets(build.params)}
     drop = run.leaks is LeakRule.drop
     dropped = described_leaks(leaks_to_drop(run.mixture, asked | readers, run.allow_leaks) if drop else [])
@@ -100,13 +102,6 @@ def _counted(
     return counted
 
 
-def _datasets(params: Any, key: Key) -> list[str]:
-    """The datasets of a run's mixture, once each."""
-    from molmo_model.config import mixture_sources
-
-    return sorted({entry.dataset for entry in mixture_sources(params.runs[key["run"]].mixture).values()})
-
-
 def asked_datasets(params: Any) -> list[str]:
     """The datasets that any task asks, once each: none of their evaluation pictures may be trained on."""
     return sorted({task.dataset for task in params.tasks.values()})
@@ -134,9 +129,9 @@ def _tell(run: str, pairs: "list[NearDuplicate]", unknown: list[str]) -> None:
 
 def inputs(params: Any, key: Key) -> dict[str, str]:
     """The shards of the mixture's datasets and, for leaks, of all tasks'; the model's folder for its preprocessor."""
-    from molmo_model.config import model_of
+    from molmo_model.config import drawn_datasets, model_of
 
-    names = sorted({*_datasets(params, key), *asked_datasets(params)})
+    names = sorted({*drawn_datasets(params, key["run"]), *asked_datasets(params)})
     shards = {f"shards/{name}": f"artifacts/shards/{name}" for name in names}
     return {**shards, "model": f"artifacts/checkpoints/{model_of(params, key['run'])}"}
 

@@ -78,9 +78,10 @@ def _params(folder: Path) -> dict[str, Any]:
 def _data(stage: Build) -> list[Any]:
     """The datasets behind the numbers: those that the runs shown were trained on, and those that the tasks ask."""
     from molmo_model.artifacts import read_manifest
+    from molmo_model.config import drawn_datasets
     from molmo_model.eval.report import DataSource
 
-    trained = {run: _trained_on(stage.params, run) for run in _runs(stage.params)}
+    trained = {run: drawn_datasets(stage.params, run) for run in _runs(stage.params)}
     return [
         DataSource(
             dataset=name,
@@ -92,16 +93,13 @@ def _data(stage: Build) -> list[Any]:
     ]
 
 
-def _trained_on(params: Any, run: str) -> set[str]:
-    """The datasets of a run's mixture."""
-    from molmo_model.config import mixture_sources
-
-    return {entry.dataset for entry in mixture_sources(params.runs[run].mixture).values()}
-
-
 def _datasets(params: Any) -> list[str]:
     """The datasets of all tasks and of the runs shown, in the order of the params."""
-    used = {task.dataset for task in params.tasks.values()}.union(*(_trained_on(params, run) for run in _runs(params)))
+    from molmo_model.config import drawn_datasets
+
+    used = {task.dataset for task in params.tasks.values()}.union(
+        *(drawn_datasets(params, run) for run in _runs(params))
+    )
     return [name for name in params.datasets if name in used]
 
 

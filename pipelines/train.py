@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from molmo_model.artifacts import read_manifest
-from molmo_model.config import Params, checkpoint_name, mixture_sources, model_of, saved_steps, to_dict
+from molmo_model.config import Params, checkpoint_name, drawn_datasets, model_of, saved_steps, to_dict
 from molmo_model.errors import CheckpointError, ConfigError
 from pipelines.stage import Build, Key, Stage, main, state_root
 
@@ -60,8 +60,7 @@ def fingerprints(params: Params, key: Key) -> dict[str, str]:
 
 def shards_of(params: Params, run: str, root: str) -> dict[str, str]:
     """`shards/<dataset>` to its folder or URL below `root`."""
-    datasets = sorted({entry.dataset for entry in mixture_sources(params.runs[run].mixture).values()})
-    return {f"shards/{dataset}": f"{root.rstrip('/')}/{dataset}" for dataset in datasets}
+    return {f"shards/{dataset}": f"{root.rstrip('/')}/{dataset}" for dataset in drawn_datasets(params, run)}
 
 
 def more_params(params: Params, key: Key) -> tuple[str, ...]:

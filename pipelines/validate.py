@@ -48,7 +48,7 @@ def build(build: Build) -> dict[str, Any]:
     name, folder = build.key["dataset"], build.inputs["shards"]
     config = build.params.datasets[name]
     reader = ShardReader(folder)
-    problems = _problems(folder / "problems.jsonl")
+    problems = read_problems(folder)
     missing = sum(bool(problem["known"]) for problem in problems)
     check_table(reader.index, "index", str(folder / INDEX))
     check_table(problems, "problems", str(folder / "problems.jsonl"))
@@ -118,9 +118,9 @@ def _problem(reader: "ShardReader", row: int) -> DataError | None:
     return None
 
 
-def _problems(path: Path) -> list[dict[str, Any]]:
+def read_problems(shards: Path) -> list[dict[str, Any]]:
     """The bad rows that the shards stage listed."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (shards / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _duplicates(name: str, reader: "ShardReader", hashes: Any) -> "tuple[list[Leak], list[NearDuplicate]]":

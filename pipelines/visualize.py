@@ -23,7 +23,6 @@ Not a stage: the page belongs to nothing and may be deleted. Exit codes: 0 writt
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +102,7 @@ def write(params: Any, options: dict[str, str], ids: Sequence[str]) -> Path:
     from molmo_model.data.shard_reader import ShardReader
     from molmo_model.eval.dataset_page import Page, render
     from molmo_model.preprocessing.preprocessor import Preprocessor
+    from pipelines.validate import read_problems
 
     name = options["dataset"]
     lookup(params.datasets, name, "dataset")
@@ -122,10 +122,12 @@ def write(params: Any, options: dict[str, str], ids: Sequence[str]) -> Path:
     packs = 0 if run is None else params.runs[run].train.steps * params.runs[run].train.packs_per_step
     shown = list(itertools.islice(_shown(plan, reader, preprocessor, options, ids), int(options["examples"])))
     charts, refused = _charts(plan, reader, preprocessor, packs)
+    listed = Path(reader.path) / "problems.jsonl"
+    problems = read_problems(listed.parent) if listed.exists() else []
     page = Page(
         dataset=name,
         facts=_facts(reader, run, start) | refused,
-        problems=_problems(reader.path)[:SHOWN_PROBLEMS],
+        problems=problems[:SHOWN_PROBLEMS],
         entries=[] if plan is None else _entries(plan),
         charts=charts,
     )
@@ -140,16 +142,13 @@ def write(params: Any, options: dict[str, str], ids: Sequence[str]) -> Path:
 
 
 def _plan(params: Any, run: str, dataset: str) -> "Plan":
+    from molmo_model.config import drawn_datasets
     from molmo_model.data.plan import Plan
-    from pipelines import mixture
 
-    shards = {
-        key.removeprefix("shards/"): path
-        for key, path in mixture.inputs(params, {"run": run}).items()
-        if key.startswith("shards/")
-    }
-    if dataset not in shards:
-        raise ConfigError(f"run {run!r} draws nothing of dataset {dataset!r}; it draws from {', '.join(shards)}")
+    drawn = drawn_datasets(params, run)
+    if dataset not in drawn:
+        raise ConfigError(f"run {run!r} draws nothing of dataset {dataset!r}; it draws from {', '.join(drawn)}")
+    shards = {name: f"artifacts/shards/{name}" for name in drawn}
     return Plan.load(f"artifacts/mixture/{run}", shards, params.runs[run].train)
 
 
@@ -160,6 +159,7 @@ def _shown(
     options: dict[str, str],
     ids: Sequence[str],
 ) -> "Iterator[Shown]":
+    from molmo_model.eval.cards import spread
     from molmo_model.eval.dataset_page import Shown
 
     names = reader.index["id"].to_pylist()
@@ -169,7 +169,7 @@ def _shown(
         yield from _drawn(plan, preprocessor, options["dataset"], set(ids))
         return
     split = options.get("split") or ("train" if reader.rows("train") else "eval")
-    rows = [names.index(one) for one in ids] if ids else _spread(reader.rows(split), int(options["examples"]))
+    rows = [names.index(one) for one in ids] if ids else spread(reader.rows(split), int(options["examples"]))
     splits = reader.index["split"].to_pylist()
     for row in rows:
         example = reader.read(row)
@@ -204,12 +204,6 @@ def _or_error(encode: "Callable[..., Encoded]", *arguments: Any) -> "Encoded | D
         return error
 
 
-def _spread(rows: Sequence[int], wanted: int) -> list[int]:
-    """Rows spread evenly over all, so that a sorted dataset is not judged by its beginning."""
-    count = min(len(rows), wanted)
-    return [rows[number * len(rows) // count] for number in range(count)]
-
-
 def _facts(reader: "ShardReader", run: str | None, start: Path) -> dict[str, Any]:
     from molmo_model.artifacts import read_manifest
     from molmo_model.data.shards import SCHEMA
@@ -222,11 +216,6 @@ def _facts(reader: "ShardReader", run: str | None, start: Path) -> dict[str, Any
         elif value != "":
             facts[name.replace("_", " ")] = value
     return facts | {"run": run or "none", "preprocessing": str(start)}
-
-
-def _problems(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "problems.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _entries(plan: "Plan") -> list[dict[str, Any]]:
@@ -256,13 +245,14 @@ def _charts(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Histograms of the whole dataset, or of an even sample of it, and of the run's first packs; and, for the facts,
     how many examples the preprocessing refuses, which the histograms leave out, if any."""
+    from molmo_model.eval.cards import spread
     from molmo_model.eval.charts import histogram
 
     errors: list[DataError] = []
     tokens: list[float] = []
     crops: list[float] = []
     answers: list[float] = []
-    rows = _spread(range(len(reader)), SAMPLE)
+    rows = spread(range(len(reader)), SAMPLE)
     for row in rows:
         example = reader.facts(row)
         sizes = [(image.width, image.height) for image in example.images]

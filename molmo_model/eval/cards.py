@@ -75,11 +75,12 @@ def choose(scores: Sequence[float], wanted: int) -> list[int]:
     imperfect = [index for index, score in enumerate(scores) if score < 1.0]
     perfect = [index for index, score in enumerate(scores) if score >= 1.0]
     bad = min(len(imperfect), max(wanted - len(perfect), -(-2 * wanted // 3)))
-    chosen = _spread(imperfect, bad) + _spread(perfect, wanted - bad)
+    chosen = spread(imperfect, bad) + spread(perfect, wanted - bad)
     return sorted(chosen, key=lambda index: (scores[index], index))
 
 
-def _spread(indices: Sequence[int], wanted: int) -> list[int]:
+def spread(indices: Sequence[int], wanted: int) -> list[int]:
+    """At most `wanted` of the indices, evenly over all, so that a sorted list is not judged by its beginning."""
     count = min(len(indices), max(0, wanted))
     return [indices[number * len(indices) // count] for number in range(count)]
 

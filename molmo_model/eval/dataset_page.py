@@ -8,7 +8,6 @@ import base64
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +16,10 @@ import numpy.typing as npt
 from molmo_model.data.example import Conversation, Example, Image, Message, Point
 from molmo_model.errors import DataError, MolmoError
 from molmo_model.eval.cards import Picture, embed
+from molmo_model.eval.pages import TEMPLATES, environment
 from molmo_model.preprocessing.preprocessor import IGNORE, PREFIX_SEGMENT, Encoded, Preprocessor
 from molmo_model.preprocessing.tiling import IMAGE_TOKENS, layout, letterbox_box
 
-TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL = 160
 """Pixels per side of a crop's picture on the page."""
 MOST_CROPS = 40
@@ -85,19 +84,11 @@ class Page:
 
 def render(page: Page, shown: Sequence[Shown], preprocessor: Preprocessor) -> str:
     """The HTML document."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     style = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "dataset.css"))
-    return environment.get_template("dataset.html.j2").render(
-        page=page, style=style, examples=[_example(one, preprocessor) for one in shown]
+    return (
+        environment()
+        .get_template("dataset.html.j2")
+        .render(page=page, style=style, examples=[_example(one, preprocessor) for one in shown])
     )
 
 

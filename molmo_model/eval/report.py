@@ -20,8 +20,7 @@ from molmo_model.data.example import Image
 from molmo_model.errors import EvaluationError
 from molmo_model.eval import cards
 from molmo_model.eval.charts import Point, Series, line_chart, standalone, thin
-
-TEMPLATES = Path(__file__).parent / "templates"
+from molmo_model.eval.pages import TEMPLATES, environment
 
 
 @dataclass(frozen=True)
@@ -195,22 +194,13 @@ def _plots(inputs: Inputs) -> dict[str, str]:
 
 
 def _render(inputs: Inputs, plots: Mapping[str, str]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["percent"] = lambda value: f"{value * 100:.1f}"
-    environment.filters["short"] = lambda digest: digest[:12]
+    jinja = environment()
+    jinja.filters["percent"] = lambda value: f"{value * 100:.1f}"
+    jinja.filters["short"] = lambda digest: digest[:12]
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     lineage = _lineage(inputs)
-    return environment.get_template("report.html.j2").render(
+    return jinja.get_template("report.html.j2").render(
         script=script,
         style=style,
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'",

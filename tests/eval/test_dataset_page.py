@@ -183,6 +183,11 @@ def test_the_command_shows_what_a_run_draws(tmp_path, monkeypatch, capsys):
         (["dataset=charts", "id=nobody"], "no example 'nobody'"),
         (["dataset=nothing"], "unknown dataset 'nothing'"),
         (["dataset=charts", "run=nope"], "unknown run 'nope'"),
+        # its tasks ask digit_scenes, which is no drawing from it
+        (
+            ["dataset=digit_scenes", "run=sft", "runs.sft.mixture.scenes.dataset=charts"],
+            "draws nothing of dataset 'digit_scenes'; it draws from charts",
+        ),
         (["dataset=charts", "model=nope"], "unknown model 'nope'"),
         (["dataset=charts", "split=eval", "examples=1", "out=artifacts"], "out=artifacts cannot be written"),
     ):
