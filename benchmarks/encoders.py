@@ -30,7 +30,8 @@ from benchmarks.side_by_side import Sizes, in_turn, milliseconds, result, timed
 from molmo_model.config import DatasetConfig
 from molmo_model.data.datasets import digit_scenes
 from molmo_model.data.example import Example
-from molmo_model.eval.inference import Predictor, Question
+from molmo_model.eval.answering import Question
+from molmo_model.eval.inference import Predictor
 from molmo_model.model_config import (
     ConnectorConfig,
     CropMode,

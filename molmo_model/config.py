@@ -17,6 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from molmo_model import aliases
+from molmo_model.benchmarks import BENCHMARKS
 from molmo_model.errors import ConfigError
 from molmo_model.model_config import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ModelConfig
 from molmo_model.model_config import BOUNDS as MODEL_BOUNDS
@@ -34,6 +35,49 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class EvalPrecision(StrEnum):
+    """In what numbers answers are computed; part of every answer's identity."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    """fp32 weights, computation in bf16 where autocast does it."""
+    fp16 = "fp16"
+    """As `bf16`, in fp16."""
+    bf16_weights = "bf16_weights"
+    """Weights and computation in bf16: half the memory, the fast way on a GPU. Not the same answers as `bf16`."""
+
+
+class Engine(StrEnum):
+    """What turns questions into answers; part of every answer's identity, `auto` by what it stands for."""
+
+    auto = "auto"
+    """`slots` where the checkpoint and the decoding allow it, else `generate`; the machine plays no part."""
+    slots = "slots"
+    """Our decoder: slots of a static cache, refilled as answers end (`molmo_model.nn.slots`)."""
+    generate = "generate"
+    """transformers' `generate`, batch after batch: beams, selected and pruned image tokens."""
+    openai = "openai"
+    """A server with OpenAI's chat API at `runtime.engine_url` that has the model `eval.served_model`."""
+
+
+class JudgeProvider(StrEnum):
+    """Who judges answers where a metric asks for it."""
+
+    offline = "offline"
+    """Nobody: cached judgements count, the others are reported as missing."""
+    openai = "openai"
+    """A server with OpenAI's chat API at `runtime.judge_url`."""
+
+
+class TaskKind(StrEnum):
+    """What a task asks of the model."""
+
+    answer = "answer"
+    """To answer."""
+    loss = "loss"
+    """Nothing: the loss on the reference answers is measured."""
 
 
 class ActivationCheckpointing(StrEnum):
@@ -293,14 +337,37 @@ class DecodingConfig:
 
 
 @dataclass
+class GateConfig:
+    """What a task's primary number must keep for an asset check to pass; without settings nothing is checked."""
+
+    minimum: float | None = None
+    """The mean must not be below; for numbers of which lower is better, not above."""
+    against: str | None = None
+    """A checkpoint, `<run>/step-<six digits>`, that must not be significantly better, example by example."""
+    most_loss: float = 0.0
+    """By so much the mean may be worse than that of `against` before it is tested."""
+    p_value: float = 0.05
+    """A difference counts below this two-sided p-value of the paired test."""
+    blocking: bool = True
+    """True: nothing downstream is made when it fails; False: a warning."""
+
+
+@dataclass
 class TaskConfig:
     """One evaluation task: which conversations are asked and how the answers are scored."""
 
+    benchmark: str | None = None
+    """A row of the table in `molmo_model.benchmarks`: what is left out here is as it says."""
     dataset: str = MISSING
     styles: list[str] = field(default_factory=list)
     """Conversations of these styles are asked; empty asks all."""
     metric: str = MISSING
     """A name of the table in `molmo_model.eval.metrics`."""
+    also: list[str] = field(default_factory=list)
+    """Further metrics of the same answers; `metric` has the number that leaderboards show."""
+    groups: list[str] = field(default_factory=list)
+    """Groups whose average the report shows, such as `paper`."""
+    kind: TaskKind = TaskKind.answer
     split: str = "eval"
     max_new_tokens: int = 32
     max_examples: int | None = None
@@ -308,6 +375,13 @@ class TaskConfig:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     keep_image_tokens: float = 1.0
     """Share of each image's tokens that enters the language model; see `molmo_model.nn.token_pruning`."""
+    max_crops: int | None = None
+    """Most crops of a picture, in place of the checkpoint's own: low and high resolution of one model."""
+    max_frames: int | None = None
+    """Most frames of a film, in place of the checkpoint's own."""
+    slices: list[str] = field(default_factory=list)
+    """Fields of the examples' metadata by whose values scores are shown too; see `molmo_model.eval.slices`."""
+    gate: GateConfig = field(default_factory=GateConfig)
 
 
 class Quantization(StrEnum):
@@ -324,8 +398,14 @@ class EvalConfig:
 
     checkpoints: list[str] = field(default_factory=list)
     """`<run>/step-<six digits>` each; the grid that `dvc repro` computes and the report compares."""
-    precision: Precision = Precision.fp32
+    precision: EvalPrecision = EvalPrecision.fp32
     quantization: Quantization = Quantization.none
+    engine: Engine = Engine.auto
+    served_model: str | None = None
+    """Of the engine `openai`: what the server calls the model."""
+    judge: JudgeProvider = JudgeProvider.offline
+    judge_model: str | None = None
+    """Of the judge `openai`: the model's name; a part of every judgement's key."""
     report_examples: int = 24
     """Example cards per task in the report."""
     confidence: float = 0.95
@@ -336,6 +416,21 @@ class RuntimeConfig:
     """What does not change any result: never part of an artefact's identity."""
 
     eval_batch_size: int = 64
+    """Questions that are answered at the same time: slots, or rows of a batch."""
+    eval_ranks: int = 0
+    """Processes that share the questions of a task, one GPU each; 0 is one per GPU, one on a CPU."""
+    journal: str | None = None
+    """Where answers are shared (`s3://bucket/journal`): found there, they are not computed again."""
+    engine_url: str | None = None
+    """Of the engine `openai`: the server's address up to and including `/v1`."""
+    engine_key: str = "OPENAI_API_KEY"
+    """Environment variable with that server's key, if it wants one."""
+    engine_requests: int = 16
+    """Requests to that server, and to the judge, at the same time."""
+    judge_url: str | None = None
+    """Of the judge `openai`: the server's address up to and including `/v1`."""
+    judge_key: str = "OPENAI_API_KEY"
+    """Environment variable with the judge's key."""
     loader_workers: int = 0
     log_every: int = 10
     """Training steps between two lines of the log."""
@@ -419,7 +514,8 @@ def params_from_dict(raw: Mapping[str, Any], source: str, overrides: Iterable[st
     """The checked `Params` of a parsed file of the current version; see `load_params`."""
     raw, overrides = aliases.resolve(raw, overrides, source)
     try:
-        config = OmegaConf.merge(OmegaConf.structured(Params), OmegaConf.create(_with_presets(raw, overrides)))
+        laid = _with_benchmarks(_with_presets(raw, overrides), overrides)
+        config = OmegaConf.merge(OmegaConf.structured(Params), OmegaConf.create(laid))
         for override in overrides:
             key, separator, _ = override.partition("=")
             if not separator:
@@ -482,6 +578,23 @@ def _with_presets(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str,
         if isinstance(model, Mapping) and isinstance(preset, str) and preset != "null":
             merged[name] = merge(lookup(PRESETS, preset, f"preset of models.{name}"), model)
     return {**raw, "models": merged}
+
+
+def _with_benchmarks(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The params with each task's values laid over those of its benchmark, which an override may name."""
+    tasks = raw.get("tasks")
+    if not isinstance(tasks, Mapping):
+        return dict(raw)
+    merged = dict(tasks)
+    for name, task in tasks.items():
+        benchmark = task.get("benchmark") if isinstance(task, Mapping) else None
+        for override in overrides:
+            key, _, value = override.partition("=")
+            benchmark = value if key == f"tasks.{name}.benchmark" else benchmark
+        if isinstance(task, Mapping) and isinstance(benchmark, str) and benchmark != "null":
+            row = lookup(BENCHMARKS, benchmark, f"benchmark of tasks.{name}")
+            merged[name] = merge(row.task_settings(), task)
+    return {**raw, "tasks": merged}
 
 
 def _plain(value: Any) -> Any:
@@ -560,6 +673,8 @@ def _check(params: Params, source: str) -> None:
         lookup(params.datasets, task.dataset, f"dataset of tasks.{name}.dataset")
         lookup(dict.fromkeys(("train", "eval")), task.split, f"split of tasks.{name}.split")
         check_decoding(task.decoding, task.max_new_tokens, f"{source}: tasks.{name}.decoding")
+        if task.gate.against is not None and task.gate.against not in params.eval.checkpoints:
+            refuse(f"tasks.{name}.gate.against", f"{task.gate.against!r} is none of eval.checkpoints")
     for checkpoint in params.eval.checkpoints:
         run_name, separator, step = checkpoint.partition("/")
         if not separator or not step.startswith("step-") or not (len(step) == 11 and step[5:].isdigit()):
@@ -614,11 +729,15 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         "z_loss": AT_LEAST_0,
         "bad_examples": (0, 0.999999),
     },
-    TaskConfig: {"max_new_tokens": AT_LEAST_1, "max_examples": AT_LEAST_1, "keep_image_tokens": (1e-9, 1)},
+    TaskConfig: {
+        **dict.fromkeys(("max_new_tokens", "max_examples", "max_crops", "max_frames"), AT_LEAST_1),
+        "keep_image_tokens": (1e-9, 1),
+    },
+    GateConfig: {"minimum": AT_LEAST_0, "most_loss": AT_LEAST_0, "p_value": (0, 1)},
     EvalConfig: {"report_examples": AT_LEAST_0, "confidence": (0.5, 0.999999)},
     RuntimeConfig: {
-        **dict.fromkeys(("eval_batch_size", "log_every"), AT_LEAST_1),
-        **dict.fromkeys(("loader_workers", "shard_cache_bytes"), AT_LEAST_0),
+        **dict.fromkeys(("eval_batch_size", "log_every", "engine_requests"), AT_LEAST_1),
+        **dict.fromkeys(("loader_workers", "shard_cache_bytes", "eval_ranks"), AT_LEAST_0),
     },
     Params: {"seed": (0, 2**63 - 1)},
 }

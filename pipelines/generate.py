@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from molmo_model.data.example import Image, Video
-    from molmo_model.eval.inference import Predictor, Question
+    from molmo_model.eval.answering import Question
+    from molmo_model.eval.inference import Predictor
 
 OPTIONS = (
     *("checkpoint", "prompt", "image", "video", "out", "heatmap", "max_new_tokens", "style", "length", "option"),
@@ -139,17 +140,18 @@ def answer(request: Request) -> str:
         MolmoError: the checkpoint or a picture cannot be read, or the picture cannot be saved; or a heatmap is asked of
             a model without a token selector.
     """
-    from molmo_model.config import Precision, lookup, read_decoding
+    from molmo_model.config import EvalPrecision, lookup, read_decoding
     from molmo_model.data.example import Conversation, Example, Message
 
-    precision = lookup({item.value: item for item in Precision}, request.precision, "precision")
+    precision = lookup({item.value: item for item in EvalPrecision}, request.precision, "precision")
     decoding = read_decoding(request.decoding, request.max_new_tokens, "generate")
     read = [_read(path) for path in request.images]
     # the answer's turn is only there because a conversation ends with one; the model is given what stands before it
     turns = (Message("user", request.prompt, options=request.options), Message("assistant", "A"))
     videos = tuple(_film(given) for given in request.videos)
 
-    from molmo_model.eval.inference import Predictor, Question
+    from molmo_model.eval.answering import Question
+    from molmo_model.eval.inference import Predictor
     from molmo_model.preprocessing.points import extract_points
     from molmo_model.preprocessing.system_prompts import default_style
 

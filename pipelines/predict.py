@@ -15,7 +15,7 @@ from pipelines.stage import Build, Stage, main, state_root
 
 if TYPE_CHECKING:
     from molmo_model.artifacts import Manifest
-    from molmo_model.config import Precision, Quantization, TaskConfig
+    from molmo_model.config import EvalPrecision, Quantization, TaskConfig
     from molmo_model.data.shard_reader import ShardReader
     from molmo_model.eval.inference import Predictor
     from molmo_model.eval.journal import Journal
@@ -118,7 +118,7 @@ def _frame_scorer(folder: Path) -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _predictor(folder: Path, digest: str, precision: "Precision", quantization: "Quantization") -> "Predictor":
+def _predictor(folder: Path, digest: str, precision: "EvalPrecision", quantization: "Quantization") -> "Predictor":
     """The model of a checkpoint, kept for its next task; `digest` tells a checkpoint from another in its place."""
     from molmo_model.eval.inference import Predictor
 
@@ -126,32 +126,29 @@ def _predictor(folder: Path, digest: str, precision: "Precision", quantization: 
 
 
 def _ask(stage: Build, journal: "Journal", asked: "Sequence[Item]", keys: Sequence[str], reader: "ShardReader") -> None:
-    """Computes the missing answers, the most expensive first, and journals every batch."""
+    """Computes the missing answers and journals them batch by batch."""
     from dataclasses import asdict
+    from itertools import islice
 
-    import torch
     from tqdm import tqdm
 
-    from molmo_model.eval.inference import Question, batches
+    from molmo_model.eval.answering import Asking, Question
 
-    task, size = stage.params.tasks[stage.key["task"]], stage.params.runtime.eval_batch_size
-    evaluation = stage.params.eval
+    task, evaluation = stage.params.tasks[stage.key["task"]], stage.params.eval
     digest = stage.stamp["inputs"]["checkpoint"]
     predictor = _predictor(stage.inputs["checkpoint"], digest, evaluation.precision, evaluation.quantization)
-    made = {
-        "batch_size": size,
-        "ranks": 1,
-        "device": predictor.model.device.type,
-        "threads": torch.get_num_threads(),
-        "checkpoint": stage.key["checkpoint"],
-    }
-    costs = [predictor.cost(Question(item.example, item.conversation)) for item in asked]
+    predictor.batch_size = stage.params.runtime.eval_batch_size
+    made = {**predictor.made, "ranks": 1, "checkpoint": stage.key["checkpoint"]}
+    asking = Asking(task.max_new_tokens, task.decoding, task.keep_image_tokens)
+    light = [Question(item.example, item.conversation) for item in asked]
+
+    def read(index: int) -> Question:
+        return Question(reader.read(asked[index].row), asked[index].conversation)
+
     with tqdm(total=len(asked), desc=" ".join(stage.key.values()), unit="answer", mininterval=0.5) as bar:
-        for batch in batches(costs, size):
-            questions = [Question(reader.read(asked[index].row), asked[index].conversation) for index in batch]
-            answers = predictor.answer(questions, task.max_new_tokens, task.decoding, task.keep_image_tokens)
-            records = [asdict(answer) for answer in answers]
-            journal.append(zip([keys[index] for index in batch], records, strict=True), made)
+        answers = predictor.answers(light, read, asking)
+        while batch := list(islice(answers, predictor.batch_size)):
+            journal.append([(keys[index], asdict(answer)) for index, answer in batch], made)
             bar.update(len(batch))
 
 

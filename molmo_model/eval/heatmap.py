@@ -11,8 +11,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from molmo_model.errors import ConfigError
+from molmo_model.eval.answering import Question
 from molmo_model.eval.drawing import SMALLEST_SIDE
-from molmo_model.eval.inference import Predictor, Question
+from molmo_model.eval.inference import Predictor
 from molmo_model.nn.he_molmo import generation_inputs
 from molmo_model.preprocessing.collator import collate_prompts
 from molmo_model.preprocessing.selection import view_size, window_edges

@@ -5,17 +5,17 @@ change an answer, and their digest is part of the journal's key.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from molmo_model.config import DecodingConfig, Precision, Quantization
-from molmo_model.data.example import Example
+from molmo_model.config import DecodingConfig, EvalPrecision, Quantization
 from molmo_model.errors import CheckpointError
+from molmo_model.eval.answering import Answer, Asking, Question
 from molmo_model.nn.frame_selection import FrameScorer
 from molmo_model.nn.generation import finish_reason, generate
 from molmo_model.nn.image_token_cache import ImageTokenCache
@@ -25,34 +25,13 @@ from molmo_model.nn.quantization import quantized_loading
 from molmo_model.preprocessing.collator import collate_prompts
 from molmo_model.preprocessing.preprocessor import Encoded, Preprocessor
 
-AUTOCAST = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+AUTOCAST = {EvalPrecision.bf16: torch.bfloat16, EvalPrecision.fp16: torch.float16}
 """Weights stay in fp32; these compute in a lower precision through autocast."""
+WEIGHTS = {EvalPrecision.bf16_weights: torch.bfloat16}
+"""What weights are loaded in, where not in fp32."""
 ONE_THREAD_PARAMETERS = 50_000_000
 """Models below this size answer on one CPU thread: a second one gains little alone, and costs ten times and more where
 cells of an evaluation run side by side on few cores, because the threads then wait for each other spinning."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """The last question of one conversation of an example."""
-
-    example: Example
-    conversation: int = 0
-    length: int | None = None
-    """About how long a caption is asked for; see `Preprocessor.encode_prompt`."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said."""
-
-    text: str
-    finish_reason: str
-    """`stop` if the model ended its answer, `length` if it was cut off."""
-    tokens: int
-    """Tokens of the answer, without the one that ends it."""
-    prompt_tokens: int
-    """Tokens in front of it, those of images included."""
 
 
 class Predictor:
@@ -60,10 +39,16 @@ class Predictor:
 
     Attributes:
         cache: image tokens of the pictures asked about last, so that several questions about one encode it once.
+        batch_size: questions of one batch.
     """
 
+    batch_size = 64
+
     def __init__(
-        self, model: MolmoForConditionalGeneration, preprocessor: Preprocessor, precision: Precision = Precision.fp32
+        self,
+        model: MolmoForConditionalGeneration,
+        preprocessor: Preprocessor,
+        precision: EvalPrecision = EvalPrecision.fp32,
     ) -> None:
         self.model = model.eval()
         self.preprocessor = preprocessor
@@ -74,7 +59,7 @@ class Predictor:
     def load(
         cls,
         folder: str | Path,
-        precision: Precision = Precision.fp32,
+        precision: EvalPrecision = EvalPrecision.fp32,
         device: str | torch.device | None = None,
         quantization: Quantization = Quantization.none,
     ) -> "Predictor":
@@ -91,7 +76,11 @@ class Predictor:
         fewer_bits = quantized_loading(quantization)
         try:
             model, info = MolmoForConditionalGeneration.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **fewer_bits
+                folder,
+                dtype=WEIGHTS.get(precision, torch.float32),
+                local_files_only=True,
+                output_loading_info=True,
+                **fewer_bits,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
@@ -109,6 +98,23 @@ class Predictor:
         conversation = question.example.conversations[question.conversation]
         videos = question.example.videos
         return self.preprocessor.cost(sizes, [conversation], id=question.example.id, videos=videos)
+
+    @property
+    def made(self) -> Mapping[str, Any]:
+        return {
+            "batch_size": self.batch_size,
+            "device": self.model.device.type,
+            "threads": torch.get_num_threads(),
+        }
+
+    def answers(
+        self, questions: Sequence[Question], read: Callable[[int], Question], asking: Asking
+    ) -> Iterator[tuple[int, Answer]]:
+        """Batches of similar cost, the most expensive first; see `Answering`."""
+        for batch in batches([self.cost(question) for question in questions], self.batch_size):
+            asked = [read(index) for index in batch]
+            found = self.answer(asked, asking.max_new_tokens, asking.decoding, asking.keep_image_tokens)
+            yield from zip(batch, found, strict=True)
 
     def answer(
         self,

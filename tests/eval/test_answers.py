@@ -7,7 +7,8 @@ import pytest
 from molmo_model.config import DecodingConfig, Quantization, TaskConfig, check_decoding, read_decoding
 from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import ConfigError
-from molmo_model.eval.inference import Predictor, Question
+from molmo_model.eval.answering import Question
+from molmo_model.eval.inference import Predictor
 from molmo_model.eval.journal import Identity
 from pipelines.predict import decoding_identity
 

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from molmo_model.errors import ConfigError
+from molmo_model.eval.answering import Answer
 from molmo_model.eval.drawing import COLOUR, draw_points
-from molmo_model.eval.inference import Answer, Predictor
+from molmo_model.eval.inference import Predictor
 from pipelines import generate
 from tests.data.films import film
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from molmo_model.errors import ConfigError
+from molmo_model.eval.answering import Question
 from molmo_model.eval.heatmap import TokenMap, draw_selection, selected_tokens
-from molmo_model.eval.inference import Predictor, Question
+from molmo_model.eval.inference import Predictor
 from molmo_model.preprocessing.selection import window_edges
 from molmo_model.preprocessing.tiling import layout
 from pipelines import generate

@@ -8,15 +8,10 @@ from functools import cache
 import pytest
 
 from molmo_model.errors import EvaluationError
-from molmo_model.eval import vqa
-from molmo_model.eval.metrics import (
-    METRICS,
-    anls_of,
-    edit_distance,
-    parse_count,
-    relaxed_equal,
-    short_answer,
-)
+from molmo_model.eval.metrics import METRICS, vqa
+from molmo_model.eval.metrics.answers import short_answer
+from molmo_model.eval.metrics.text import anls_of, edit_distance, relaxed_equal
+from molmo_model.preprocessing.structured import parse_count
 
 
 def value(metric, prediction, **references):

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from molmo_model.eval import pointing
-from molmo_model.eval.metrics import METRICS
+from molmo_model.eval.metrics import METRICS, matching
 from molmo_model.preprocessing.points import NO_POINTS, count_to_text, points_to_text
 
 
@@ -18,7 +17,7 @@ def test_assignment_has_the_least_sum(ties):
     for _ in range(300):
         rows, columns = rng.integers(1, 6, 2)
         costs = rng.integers(0, 3, (rows, columns)).astype(float) if ties else rng.random((rows, columns))
-        pairs = pointing.assignment(costs.tolist())
+        pairs = matching.assignment(costs.tolist())
         assert (
             len({row for row, _ in pairs}) == len({column for _, column in pairs}) == min(rows, columns) == len(pairs)
         )
@@ -34,11 +33,11 @@ def test_assignment_has_the_least_sum(ties):
 def test_assignment_of_a_large_matrix_equals_scipys():
     costs = np.random.default_rng(1).random((60, 80))
     rows, columns = linear_sum_assignment(costs)
-    assert pointing.assignment(costs.tolist()) == list(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert matching.assignment(costs.tolist()) == list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
 def test_assignment_of_nothing():
-    assert pointing.assignment([]) == pointing.assignment([[], []]) == []
+    assert matching.assignment([]) == matching.assignment([[], []]) == []
 
 
 REFERENCES = {"points": [[10.0, 10.0], [50.0, 50.0]], "width": 200, "height": 100, "metadata": {"radius": 5.0}}

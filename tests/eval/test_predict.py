@@ -12,11 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from molmo_model.config import Precision
+from molmo_model.config import EvalPrecision
 from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import ArtifactError, CheckpointError
 from molmo_model.eval import predictions, tasks
-from molmo_model.eval.inference import Predictor, Question, batches
+from molmo_model.eval.answering import Question
+from molmo_model.eval.inference import Predictor, batches
 from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
 from pipelines import predict
 from pipelines.stage import run
@@ -144,7 +145,7 @@ def test_what_can_change_an_answer_asks_again(project, asked):
     settings.tasks["scene_count"].max_new_tokens = 6
     run(predict.STAGE, settings, **CELL)
     assert len(asked) == 6
-    settings.eval.precision = Precision.bf16
+    settings.eval.precision = EvalPrecision.bf16
     run(predict.STAGE, settings, **CELL)
     assert len(asked) == 9
 

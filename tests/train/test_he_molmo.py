@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from molmo_model.config import load_params
-from molmo_model.eval.inference import Predictor, Question
+from molmo_model.eval.answering import Question
+from molmo_model.eval.inference import Predictor
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
 from pipelines import assemble, mixture, shards
 from pipelines.stage import run

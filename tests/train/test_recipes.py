@@ -8,7 +8,8 @@ import pytest
 from molmo_model.config import load_params, to_dict
 from molmo_model.data.mixture import Mixture
 from molmo_model.data.shard_reader import ShardReader
-from molmo_model.eval.inference import Predictor, Question
+from molmo_model.eval.answering import Question
+from molmo_model.eval.inference import Predictor
 from molmo_model.eval.tasks import items
 from molmo_model.source_digest import ROOT
 from molmo_model.train.job import Job

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, SiglipConfig, SiglipModel
 from molmo_model.config import load_params, to_dict
 from molmo_model.data.mixture import Mixture
 from molmo_model.data.shard_reader import ShardReader
-from molmo_model.eval.inference import Predictor, Question
+from molmo_model.eval.answering import Question
+from molmo_model.eval.inference import Predictor
 from molmo_model.eval.tasks import items
 from molmo_model.preprocessing.preprocessor import Preprocessor
 from molmo_model.train.job import Job
