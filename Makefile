@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 DAGSTER_PORT ?= 3000
+TEST_PROCESSES ?= 2
 
 # what the project's tools find first, and their telemetry switched off
 export PATH := $(BIN):$(PATH)
@@ -48,11 +49,11 @@ $(DAGSTER_HOME)/dagster.yaml: dagster.yaml
 dev: setup dagster-home ## open the lineage graph in the Dagster UI (DAGSTER_PORT=3000)
 	dagster dev -h 127.0.0.1 -p $(DAGSTER_PORT) -w workspace.yaml
 
-test: setup ## all tests, the slow ones too
-	python -m pytest
+test: setup ## all tests, the slow ones too, in TEST_PROCESSES processes
+	python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-fast: setup ## the tests that take no more than a few seconds each
-	python -m pytest -m "not slow"
+	python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not slow"
 
 check: setup ## formatting, lint, types and directions of dependence
 	ruff format --check .

@@ -68,6 +68,16 @@ def failures(item: Artefact, params: Params) -> list[str]:
     return [f"{item.name}: {name}: {result.description}" for name, result in results.items() if not result.passed]
 
 
+def closed_gates(item: Artefact, params: Params) -> list[str]:
+    """Which blocking gates keep a scorecard from being gathered: a run of Dagster's sees only its own checks."""
+    if item.asset != "scorecard":
+        return []
+    rule = next(rule for rule in RULES if rule.find is find_gate)
+    cells = [artefact(rule.asset, f"{item.key['checkpoint']}|{task}", params) for task in params.tasks]
+    results = {cell.name: rule.holds(cell, params) for cell in cells}
+    return [f"{name}: {result.description}" for name, result in results.items() if not result.passed]
+
+
 def check_of(rule: Rule) -> dg.AssetChecksDefinition:
     """The rule as a check of Dagster's, of one partition at a time."""
 
@@ -242,6 +252,24 @@ def find_schema_of_metrics(item: Artefact, params: Params) -> Findings:
     return Findings([], {"scores": len(scores), "metrics": len(rows)})
 
 
+def find_gate(item: Artefact, params: Params) -> Findings:
+    """The task's gate holds: its primary number is good enough, and not significantly worse than another's."""
+    return _gate(item, params, blocking=True)
+
+
+def find_gate_warning(item: Artefact, params: Params) -> Findings:
+    """The same of a gate that `tasks.<t>.gate.blocking: false` lets pass; warns."""
+    return _gate(item, params, blocking=False)
+
+
+def _gate(item: Artefact, params: Params, blocking: bool) -> Findings:
+    from pipelines.gate import findings
+
+    if params.tasks[item.key["task"]].gate.blocking != blocking:
+        return Findings([], {})
+    return Findings(findings(params, item.key["checkpoint"], item.key["task"]), {})
+
+
 def _validation(item: Artefact) -> dict[str, Any]:
     """`validation.json`."""
     document: dict[str, Any] = json.loads((item.path / "validation.json").read_text(encoding="utf-8"))
@@ -266,5 +294,7 @@ RULES = [
     Rule("predictions", "coverage", find_coverage_of_predictions),
     Rule("metrics", "schema", find_schema_of_metrics),
     Rule("metrics", "coverage", find_coverage_of_metrics),
+    Rule("metrics", "gate", find_gate),
+    Rule("metrics", "gate_warning", find_gate_warning, blocking=False),
 ]
 CHECKS = [check_of(rule) for rule in RULES]

@@ -175,7 +175,7 @@ def metrics_table(documents: Sequence[Mapping[str, Any]]) -> dg.MarkdownMetadata
     rows = []
     for document in documents:
         for name, value in document.get("metrics", {}).items():
-            baseline = document.get("baseline", {}).get("metrics", {}).get(name, {})
+            baseline = (document.get("baseline") or {}).get("metrics", {}).get(name, {})
             rows.append(
                 {
                     "task": document.get("task", ""),

@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from molmo_assets import dvc_commit, sync
-from molmo_assets.checks import failures
+from molmo_assets.checks import closed_gates, failures
 from molmo_assets.flow import (
     CHECKPOINT,
     CHILD_STAGES,
@@ -51,6 +51,8 @@ def produce(context: Context, item: Artefact, params: Params, process: StageProc
     with refusals_as_failures():
         if item.asset == CHECKPOINT:
             return _saved_checkpoint(item, params)
+        if closed := closed_gates(item, params):
+            raise ArtifactError(f"held back by a gate: {'; '.join(closed)}")
         if item.stage.name in CHILD_STAGES and process is not None and item.differences(params):
             arguments = [f"{name}={value}" for name, value in item.key.items()]
             if params_for(item, params) is not params:

@@ -5,7 +5,6 @@ missing, of the wrong type or contradictory, by name. Nothing here imports torch
 the model is built from these dataclasses in `molmo_model.nn`.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -18,7 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from molmo_model import aliases
 from molmo_model.benchmarks import BENCHMARKS
+from molmo_model.decoding import DecodingConfig, EvalPrecision, Quantization
 from molmo_model.errors import ConfigError
+from molmo_model.lookup import lookup, suggest
 from molmo_model.model_config import ABOVE_0, AT_LEAST_0, AT_LEAST_1, SHARE, ModelConfig
 from molmo_model.model_config import BOUNDS as MODEL_BOUNDS
 from molmo_model.presets import PRESETS, merge
@@ -35,18 +36,6 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-class EvalPrecision(StrEnum):
-    """In what numbers answers are computed; part of every answer's identity."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    """fp32 weights, computation in bf16 where autocast does it."""
-    fp16 = "fp16"
-    """As `bf16`, in fp16."""
-    bf16_weights = "bf16_weights"
-    """Weights and computation in bf16: half the memory, the fast way on a GPU. Not the same answers as `bf16`."""
 
 
 class Engine(StrEnum):
@@ -318,25 +307,6 @@ class RunConfig:
 
 
 @dataclass
-class DecodingConfig:
-    """How answers are generated; transformers' `GenerationConfig` has the formulas. The default is greedy."""
-
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    """Beam scores are divided by length to this power."""
-    do_sample: bool = False
-    seed: int = 0
-    """Of sampling; every question draws from a generator of its own."""
-    temperature: float = 1.0
-    top_k: int = 0
-    """Sample among the k best tokens; 0 is all."""
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    min_new_tokens: int = 0
-
-
-@dataclass
 class GateConfig:
     """What a task's primary number must keep for an asset check to pass; without settings nothing is checked."""
 
@@ -382,14 +352,6 @@ class TaskConfig:
     slices: list[str] = field(default_factory=list)
     """Fields of the examples' metadata by whose values scores are shown too; see `molmo_model.eval.slices`."""
     gate: GateConfig = field(default_factory=GateConfig)
-
-
-class Quantization(StrEnum):
-    """Weights of the language model in fewer bits, through transformers; needs a GPU."""
-
-    none = "none"
-    int8 = "int8"
-    int4 = "int4"
 
 
 @dataclass
@@ -551,17 +513,10 @@ def pick(params: Params, paths: Iterable[str]) -> dict[str, Any]:
         value: Any = container
         for part in path.split("."):
             if not isinstance(value, dict) or part not in value:
-                raise ConfigError(f"params have no {path!r}; {_suggest(part, value)}")
+                raise ConfigError(f"params have no {path!r}; {suggest(part, value)}")
             value = value[part]
         picked[path] = value
     return picked
-
-
-def lookup(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """`table[name]`, or a `ConfigError` that lists the right names."""
-    if name not in table:
-        raise ConfigError(f"unknown {what} {name!r}; {_suggest(name, table)}")
-    return table[name]
 
 
 def _with_presets(raw: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -607,13 +562,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _suggest(name: str, table: Any) -> str:
-    names = sorted(map(str, table)) if isinstance(table, Mapping) else []
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(names) or 'none'}"
-
-
 def _require_key(config: Any, key: str) -> None:
     """Refuses an override of a key that the params do not have: a typing error must not become a new entry."""
     node: Any = config
@@ -623,7 +571,7 @@ def _require_key(config: Any, key: str) -> None:
         if not OmegaConf.is_dict(node) or part not in node:
             where = ".".join(key.split(".")[:depth]) or "params"
             names = node.keys() if OmegaConf.is_dict(node) else []
-            raise ConfigError(f"override {key!r}: {where} has no {part!r}; {_suggest(part, dict.fromkeys(names))}")
+            raise ConfigError(f"override {key!r}: {where} has no {part!r}; {suggest(part, dict.fromkeys(names))}")
         node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
 
 
@@ -673,6 +621,11 @@ def _check(params: Params, source: str) -> None:
         lookup(params.datasets, task.dataset, f"dataset of tasks.{name}.dataset")
         lookup(dict.fromkeys(("train", "eval")), task.split, f"split of tasks.{name}.split")
         check_decoding(task.decoding, task.max_new_tokens, f"{source}: tasks.{name}.decoding")
+        if task.kind is TaskKind.loss and (task.decoding != DecodingConfig() or task.keep_image_tokens != 1.0):
+            refuse(
+                f"tasks.{name}.kind",
+                "loss decodes nothing and reads every image token; leave decoding and keep_image_tokens out",
+            )
         if task.gate.against is not None and task.gate.against not in params.eval.checkpoints:
             refuse(f"tasks.{name}.gate.against", f"{task.gate.against!r} is none of eval.checkpoints")
     for checkpoint in params.eval.checkpoints:

@@ -1,7 +1,8 @@
 """The metric report: one self-contained page that compares the checkpoints of `eval.checkpoints` over all tasks.
 
-Scores with intervals beside the majority answer, curves, examples with pictures and points, and the lineage of every
-number; licence, source and revision of the data; also as CSV and JSON. No torch.
+Scores with intervals beside the majority answer, averages of groups, curves, paired comparisons, slices, examples with
+pictures, points and regions, and the lineage of every number; licence, source and revision of the data; also as CSV and
+JSON. No torch. `python -m pipelines.publish to=...` puts it where others can open it.
 """
 
 import json
@@ -16,32 +17,52 @@ def build(stage: Build) -> dict[str, Any]:
     from functools import cache
 
     from molmo_model.data.shard_reader import ShardReader
-    from molmo_model.eval import report
+    from molmo_model.eval import report, report_data
 
     @cache
     def reader(dataset: str) -> ShardReader:
         return ShardReader(stage.inputs[f"shards/{dataset}"])
 
     checkpoints, tasks = stage.params.eval.checkpoints, stage.params.tasks
-    results = {task: {name: _evaluated(stage, name, task) for name in checkpoints} for task in tasks}
-    inputs = report.Inputs(
+    results = _with_numbers({task: {name: _evaluated(stage, name, task) for name in checkpoints} for task in tasks})
+    inputs = report_data.Inputs(
         results=results,
         losses={run: _losses(stage.inputs[f"checkpoints/{run}"]) for run in _runs(stage.params)},
-        pictures=lambda dataset, row: reader(dataset).read(row).images,
+        example=lambda dataset, row: reader(dataset).read(row),
         confidence=stage.params.eval.confidence,
         examples=stage.params.eval.report_examples,
         checkpoints=checkpoints,
-        params={run: _params(stage.inputs[f"checkpoints/{run}"]) for run in _runs(stage.params)},
+        training={run: _training(stage.inputs[f"checkpoints/{run}"]) for run in _runs(stage.params)},
         data=_data(stage),
     )
     return report.write(inputs, stage.out)
+
+
+def _with_numbers(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The tasks whose primary number every checkpoint has; the others (right answers that are not public, judgements
+    that are missing) are said and left out.
+
+    Raises:
+        EvaluationError: no task has one.
+    """
+    from molmo_model.errors import EvaluationError
+
+    def has_number(one: Any) -> bool:
+        return one.metrics["primary"] in one.metrics["metrics"]
+
+    shown = {task: cells for task, cells in results.items() if all(map(has_number, cells.values()))}
+    if without := ", ".join(task for task in results if task not in shown):
+        print(f"report: left out, for want of a number of every checkpoint: {without}")
+    if results and not shown:
+        raise EvaluationError(f"no task has a number of every checkpoint ({without}); there is nothing to report")
+    return shown
 
 
 def _evaluated(stage: Build, checkpoint: str, task: str) -> Any:
     """One checkpoint's result in one task, with its lineage."""
     from molmo_model.artifacts import read_manifest
     from molmo_model.eval import predictions
-    from molmo_model.eval.report import Evaluated, Lineage
+    from molmo_model.eval.report_data import Evaluated, Lineage
 
     card, folder = stage.inputs[f"scorecards/{checkpoint}"], stage.inputs[f"predictions/{checkpoint}/{task}"]
     metrics = json.loads((card / "scorecard.json").read_text(encoding="utf-8"))["tasks"][task]
@@ -68,18 +89,20 @@ def _losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in read_metrics(folder / METRICS)]
 
 
-def _params(folder: Path) -> dict[str, Any]:
-    """The params that a run was trained with."""
+def _training(folder: Path) -> Any:
+    """What a run's checkpoints were made from."""
     from molmo_model.artifacts import read_manifest
+    from molmo_model.eval.report_data import Training
 
-    return read_manifest(folder).params
+    manifest = read_manifest(folder)
+    return Training(manifest.digest, manifest.code, manifest.inputs, manifest.params)
 
 
 def _data(stage: Build) -> list[Any]:
     """The datasets behind the numbers: those that the runs shown were trained on, and those that the tasks ask."""
     from molmo_model.artifacts import read_manifest
     from molmo_model.config import drawn_datasets
-    from molmo_model.eval.report import DataSource
+    from molmo_model.eval.report_data import DataSource
 
     trained = {run: drawn_datasets(stage.params, run) for run in _runs(stage.params)}
     return [
@@ -133,7 +156,7 @@ def _templates(params: Any, key: Any) -> dict[str, str]:
 STAGE = Stage(
     name="report",
     schema="molmo/report",
-    version=1,
+    version=2,
     keys=(),
     out="artifacts/report",
     params=("eval",),

@@ -28,7 +28,8 @@ def build(stage: Build) -> dict[str, Any]:
         shutil.copyfile(folder / SCORES_FILE, stage.out / "scores" / f"{task}.jsonl")
     document = {"checkpoint": stage.key["checkpoint"], "tasks": tasks}
     (stage.out / "scorecard.json").write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return {task: metrics["metrics"][metrics["primary"]]["mean"] for task, metrics in tasks.items()}
+    primary = {task: metrics["metrics"].get(metrics["primary"]) for task, metrics in tasks.items()}
+    return {task: None if value is None else value["mean"] for task, value in primary.items()}
 
 
 STAGE = Stage(

@@ -43,6 +43,9 @@ from molmo_model.source_digest import source_digest
 
 Key = Mapping[str, str]
 
+OVERWRITE = "overwrite"
+"""File in the state of a build that is to be made anew; goes when that is done, so an interrupted one goes on."""
+
 
 @dataclass(frozen=True)
 class Build:
@@ -61,6 +64,9 @@ class Build:
     """Where the artefact will be published."""
     stamp: dict[str, Any]
     """`params`, `inputs` and `code` of the manifest, for parts that are artefacts of their own."""
+    overwrite: bool = False
+    """A person asked for everything anew: nothing that an earlier build computed is to be reused, except what this very
+    request has computed before it was interrupted, which lies in `work`."""
     previous: Path | None = None
     """Of an incremental stage: the last finished artefact of this key, whatever it was made from. Its manifest has been
     read, its files have not. They are shared by hard links: never open one for writing."""
@@ -141,13 +147,14 @@ def run(stage: Stage, params: Any, **key: str) -> Manifest:
         clear_staging(target)
         made_from = stamp(stage, params, key, memory.sha256)
         memory.flush()
-        if (manifest := _finished(target, made_from, stage, memory)) is not None:
-            return manifest
         state = state_dir(stage, key, made_from)
+        anew = (state / OVERWRITE).exists()
+        if not anew and (manifest := _finished(target, made_from, stage, memory)) is not None:
+            return manifest
         out, work = state / "out", state / "work"
-        manifest = _finished(out, made_from, stage, memory)
+        manifest = None if anew else _finished(out, made_from, stage, memory)
         if manifest is None:
-            previous = _previous(stage, key, out) if stage.incremental else None
+            previous = _previous(stage, key, out) if stage.incremental and not anew else None
             if out.exists() and not stage.resumable:
                 shutil.rmtree(out)
             discard(target)
@@ -156,22 +163,44 @@ def run(stage: Stage, params: Any, **key: str) -> Manifest:
             work.mkdir(parents=True, exist_ok=True)
             inputs = {name: Path(path) for name, path in stage.inputs(params, key).items()}
             started = time.time()
-            summary = stage.build(Build(params, dict(key), inputs, out, work, target, made_from, previous))
+            summary = stage.build(Build(params, dict(key), inputs, out, work, target, made_from, anew, previous))
             facts = {"schema": stage.schema, "version": stage.version, "summary": summary, **made_from}
             manifest = write_manifest(out, sha256=memory.sha256, **facts)
             _log_run(stage, key, manifest, started)
+            (state / OVERWRITE).unlink(missing_ok=True)
         if stage.incremental:
             write_text_atomic(_pointer(stage, key), state.name)
         link_tree(out, target)
         return manifest
 
 
-def run_all(stage: Stage, params: Any, key: Key) -> list[tuple[dict[str, str], Manifest]]:
-    """Runs every partition of the params that agrees with the given part of the key."""
+def run_all(stage: Stage, params: Any, key: Key, overwrite: bool = False) -> list[tuple[dict[str, str], Manifest]]:
+    """Runs every partition of the params that agrees with the given part of the key.
+
+    Args:
+        overwrite: make them anew though they are up to date. Where an earlier such request was interrupted, only what
+            it had left to do.
+    """
     chosen = [full for full in stage.partitions(params) if all(full[name] == value for name, value in key.items())]
     if not chosen:
         raise ConfigError(f"{stage.name}: params name no partition with {dict(key)}; known: {stage.partitions(params)}")
+    if overwrite:
+        _mark(stage, params, chosen)
     return [(full, run(stage, params, **full)) for full in chosen]
+
+
+def _mark(stage: Stage, params: Any, keys: Sequence[Key]) -> None:
+    """Has the next `run` of each key make it anew; an interrupted request of this kind is left as it stands."""
+    states = [state_dir(stage, key, stamp(stage, params, key)) for key in keys]
+    if begun := [state for state in states if (state / OVERWRITE).exists()]:
+        print(
+            f"{stage.name}: {len(begun)} of {len(keys)} are left of an overwrite that was interrupted; going on with it"
+        )
+        return
+    for key, state in zip(keys, states, strict=True):
+        with _lock(stage, key):
+            shutil.rmtree(state, ignore_errors=True)
+            write_text_atomic(state / OVERWRITE, "")
 
 
 def check_key(stage: Stage, params: Any, key: Key) -> dict[str, str]:
@@ -196,11 +225,19 @@ def state_dir(stage: Stage, key: Key, made_from: Mapping[str, Any]) -> Path:
     return state_root() / stage.name / identity[:20]
 
 
-def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
-    """`python -m pipelines.<stage> [key=value ...]`: partition keys, `params=FILE`, and overrides of the params.
+def main(
+    stage: Stage,
+    argv: Sequence[str] | None = None,
+    remarks: Callable[[Any, Key], Sequence[str]] = lambda params, key: (),
+) -> None:
+    """`python -m pipelines.<stage> [key=value ...]`: partition keys, `params=FILE`, `overwrite=true`, and overrides of
+    the params.
 
     A key that is left out means all of its values. Exit codes: 0 done, 2 refused with a message, 75 stopped on request
     with its state saved.
+
+    Args:
+        remarks: what else there is to say of a finished artefact, that is no part of it.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     if "-h" in argv or "--help" in argv:
@@ -209,19 +246,25 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> None:
     from molmo_model.config import load_params
 
     with exit_on_error(stage.name):
-        named = [option(arg) for arg in argv if option(arg)[0] in (*stage.keys, "params")]
+        argv = ["overwrite=true" if arg == "--overwrite" else arg for arg in argv]
+        own = (*stage.keys, "params", "overwrite")
+        named = [option(arg) for arg in argv if option(arg)[0] in own]
         options = dict(named)
         if len(options) < len(named):
             raise ConfigError(f"{' '.join(f'{name}={value}' for name, value in named)}: each may be given once")
-        overrides = [arg for arg in argv if option(arg)[0] not in (*stage.keys, "params")]
+        overrides = [arg for arg in argv if option(arg)[0] not in own]
+        if (overwrite := options.pop("overwrite", "false")) not in ("true", "false"):
+            raise ConfigError(f"overwrite={overwrite} is neither true nor false")
         params = load_params(options.pop("params", "params.yaml"), overrides)
-        for key, manifest in run_all(stage, params, options):
+        for key, manifest in run_all(stage, params, options, overwrite == "true"):
             print(f"{stage.name} {' '.join(key.values())}: {manifest.digest[:16]} in {stage.target(key)}")
             for name, value in manifest.summary.items():
                 if name == "examples" and isinstance(value, dict):  # the first thing that one wants to know of shards
                     print(f"  examples: {', '.join(f'{split} {count}' for split, count in value.items())}")
                 elif not isinstance(value, dict | list) and value != "":
                     print(f"  {name}: {value}")
+            for line in remarks(params, key):
+                print(f"  {line}")
 
 
 def usage(stage: Stage) -> str:
@@ -229,9 +272,11 @@ def usage(stage: Stage) -> str:
     doc = (sys.modules["__main__"].__doc__ or "").strip()
     keys = " ".join(f"[{key}=...]" for key in stage.keys)
     return (
-        f"usage: python -m {stage.module} {keys} [params=params.yaml] [section.key=value ...]\n\n{doc}\n\n"
+        f"usage: python -m {stage.module} {keys} [params=params.yaml] [overwrite=true] [section.key=value ...]\n\n"
+        f"{doc}\n\n"
         f"writes:  {stage.out}\nparams:  {', '.join(stage.params)}\n"
-        "A partition key that is left out means all of them. Nothing is rewritten when nothing changed."
+        "A partition key that is left out means all of them. Nothing is rewritten when nothing changed, unless\n"
+        "overwrite=true (or --overwrite) asks for it."
     )
 
 

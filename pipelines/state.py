@@ -2,7 +2,8 @@
 
     python -m pipelines.state                        list
     python -m pipelines.state prune [days=7]         delete what the params of today do not ask for, unused for `days`
-    python -m pipelines.state prune journals=true    also the answers of checkpoints that are gone
+    python -m pipelines.state prune journals=true    also the answers of checkpoints that are gone (`pipelines.journal`
+                                                     looks into them, and prunes single answers)
     python -m pipelines.state adopt                  after `dvc pull`: artefacts become state again, because DVC deletes
                                                      an out before it asks the stage, which would then start over
 

@@ -230,7 +230,7 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("name", [*STAGE_NAMES, "generate", "export", "import_checkpoint", "download"])
+@pytest.mark.parametrize("name", [*STAGE_NAMES, "generate", "export", "import_checkpoint", "download", "serve"])
 def test_help_is_light_and_helpful(name: str) -> None:
     code = RUN_HELP.format(name=name)
     assert modules_after(code) == set()
@@ -265,12 +265,20 @@ def test_every_module_says_what_it_is() -> None:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), relative(path)
 
 
+CHECKS_ALONE = {"pipelines/predict.py": {"import_module"}}
+"""It asks by name whether a task's metrics fit its references: that may refuse a task and changes no answer, and
+answers must not depend on the sources of metrics."""
+
+
 def test_no_import_escapes_the_code_digest() -> None:
     """The closure is taken from import statements, so a module that is imported by a string would not count."""
     for path in sources("molmo_model", "pipelines"):
         names = {node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
         names |= {node.id for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Name)}
-        assert not names & {"import_module", "__import__", "run_module", "spec_from_file_location"}, relative(path)
+        escaped = names & {"import_module", "__import__", "run_module", "spec_from_file_location"}
+        assert escaped <= CHECKS_ALONE.get(relative(path), set()), relative(path)
+    predict = (ROOT / "pipelines/predict.py").read_text("utf-8")
+    assert predict.count("import_module(") == predict.count('import_module("molmo_model.eval.fitting")') == 1
 
 
 def test_no_code_from_data() -> None:

@@ -37,6 +37,10 @@ UNLABELLED_STYLES = frozenset({"ai2_diagram_no_letter"})
 """Styles whose choices are written without letters, and whose answer is the choice itself: in AI2D they are letters
 that stand in the diagram."""
 
+PRIVATE = "private_label"
+"""Key of a conversation's metadata: true where the makers of a test set keep the right answer to themselves. The last
+turn is then a placeholder, that no metric is given and nobody may learn."""
+
 Point = tuple[float, float]
 """x from the left and y from the top, in percent of the image's width and height."""
 

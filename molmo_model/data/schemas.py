@@ -5,6 +5,7 @@ rows, one answer everywhere) stands in `expectations.py` and only warns. pandera
 takes two seconds.
 """
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -170,6 +171,16 @@ def _costs() -> "pandera.pandas.DataFrameSchema":
     )
 
 
+def _measured(value: Any) -> bool:
+    """What a task of kind `loss` measures: nats, and whole numbers of tokens."""
+    return (
+        isinstance(value, Mapping)
+        and set(value) == {"nll", "tokens", "right"}
+        and 0 <= value["nll"] < float("inf")
+        and 0 <= value["right"] <= value["tokens"]
+    )
+
+
 @cache
 def _predictions() -> "pandera.pandas.DataFrameSchema":
     """`predictions.jsonl`: one row per evaluation item."""
@@ -188,6 +199,9 @@ def _predictions() -> "pandera.pandas.DataFrameSchema":
             "tokens": _whole(0),
             "prompt_tokens": _whole(1),
             "image": _mapping(),
+            "measured": pa.Column(
+                None, pa.Check(_measured, element_wise=True, error="nll, tokens and right"), required=False
+            ),
         },
         checks=[_rows("id is <example_id>#<conversation>", _item_ids)],
         strict=True,
@@ -199,12 +213,20 @@ def _scores() -> "pandera.pandas.DataFrameSchema":
     """`scores.jsonl`: the scores of one evaluation item."""
     import pandera.pandas as pa
 
-    numbers = pa.Check(_unit_scores, element_wise=True, error="numbers from 0 to 1 by metric, at least one")
+    numbers = pa.Check(_scored, element_wise=True, error="finite numbers by name, none below 0")
     return pa.DataFrameSchema(
         {
             "id": _text(unique=True),
             "scores": pa.Column(None, numbers),
             "parsed": pa.Column(None, pa.Check(_boolean, element_wise=True, error="true or false")),
+            # of the rows where they are 1 or nothing they are absent, which pandas calls NaN
+            "weight": pa.Column(None, pa.Check.ge(0), nullable=True, required=False),
+            "read": pa.Column(
+                None,
+                pa.Check(_text_or_none, element_wise=True, error="text or null"),
+                nullable=True,
+                required=False,
+            ),
         },
         strict=True,
     )
@@ -393,8 +415,8 @@ def _text_or_none(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _unit_scores(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(0.0 <= score <= 1.0 for score in value.values())
+def _scored(value: Any) -> bool:
+    return isinstance(value, dict) and all(0.0 <= score < math.inf for score in value.values())
 
 
 def _counts_images(frame: "pandas.DataFrame") -> "pandas.Series":

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from molmo_model.config import DecodingConfig
 from molmo_model.data.example import Example
+from molmo_model.decoding import DecodingConfig
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Asking:
     """Share of each image's tokens that the language model sees."""
     measure: bool = False
     """Measure the loss on the reference answers instead of asking for one."""
+    max_crops: int | None = None
+    """Most crops of a picture, in place of the checkpoint's; `eval.limits` makes the preprocessor."""
+    max_frames: int | None = None
+    """Most frames of a film, in place of the checkpoint's."""
 
 
 class Answering(Protocol):

@@ -1,86 +1,53 @@
-"""Example cards of the report: which items are shown, and each one's picture, answers and points, ready to draw."""
+"""Example cards of the report: which items are shown, and each one's question, pictures, answers, points and regions.
 
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+A card is plain JSON for the page's script, which draws it when it is looked at. Texts are shortened here; escaping is
+the page's. No torch.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from molmo_model.data.example import Image
 from molmo_model.errors import EvaluationError
-from molmo_model.preprocessing.points import extract_points, parse_exact
+from molmo_model.eval.outlines import outline
+from molmo_model.eval.pictures import Still
+from molmo_model.preprocessing.points import parse_exact, read_points
+from molmo_model.preprocessing.structured import read_boxes
 
-EMBED_BYTES = 24_000
-"""Pictures up to this size are embedded as they are; larger ones as a reduced copy."""
-EMBED_SIDE = 512
-"""Longest side of a reduced copy, in pixels."""
-EMBED_PIXELS = 50_000_000
-"""Pictures of more pixels are not decoded."""
-BROWSER_FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 LONGEST_TEXT = 600
 """Characters of a prompt or answer that a card shows."""
+MOST_MARKS = 200
+"""Points, boxes or outlines that are drawn of one answer or reference."""
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One picture of a card, as a data URI, with the size of the original in pixels."""
-
-    uri: str
-    width: int
-    height: int
-
-
-@dataclass(frozen=True)
-class Said:
-    """What one checkpoint answered."""
-
-    checkpoint: int
-    """Number of the checkpoint in the report."""
-    words: list[tuple[str, bool]]
-    """The answer in pieces, True where a word differs from the reference's at the same place."""
-    points: list[tuple[float, float]]
-    """Points of the answer, in pixels."""
-    score: float
-    cut_off: bool
-    parsed: bool
-
-
-@dataclass(frozen=True)
-class Card:
-    """One item: question, reference, and every checkpoint's answer."""
-
-    id: str
-    prompt: str
-    reference: str
-    pictures: list[Picture]
-    targets: list[tuple[float, float]]
-    """Reference points, in pixels."""
-    boxes: list[tuple[float, float, float, float]]
-    """Regions that count as hit: left, top, width, height in pixels."""
-    radius: float | None
-    """Radius in pixels around the targets that counts as hit, where there are no boxes."""
-    said: list[Said]
-    example: str
-    where: str
-    """Dataset and row."""
-
-
-def choose(scores: Sequence[float], wanted: int) -> list[int]:
-    """Indices of the items to show: two thirds imperfect ones if there are as many, spread evenly, worst first.
+def choose(
+    scores: Sequence[float], wanted: int, unparsed: Sequence[int] = (), changed: Sequence[int] = ()
+) -> list[int]:
+    """Indices of the items to show, worst first: two thirds imperfect ones if there are as many, spread evenly, so that
+    a sorted list is not judged by its beginning; of graded scores half of them the worst.
 
     Args:
-        scores: the primary score of each item.
+        scores: of each item, 1 or more where it is as good as can be; more is better.
         wanted: how many to choose.
+        unparsed: items with an answer that could not be read; up to a sixth of the cards.
+        changed: items whose score differs between checkpoints, the most telling first; up to a third of the cards.
     """
+    chosen = dict.fromkeys([*spread(unparsed, wanted // 6), *changed[: wanted // 3]])
     imperfect = [index for index, score in enumerate(scores) if score < 1.0]
-    perfect = [index for index, score in enumerate(scores) if score >= 1.0]
+    perfect = [index for index, score in enumerate(scores) if score >= 1.0 and index not in chosen]
     bad = min(len(imperfect), max(wanted - len(perfect), -(-2 * wanted // 3)))
-    chosen = spread(imperfect, bad) + spread(perfect, wanted - bad)
+    bad = max(0, bad - sum(scores[index] < 1.0 for index in chosen))
+    rest = [index for index in imperfect if index not in chosen]
+    if len(set(scores)) > 2:
+        worst = sorted(rest, key=lambda index: scores[index])[: bad // 2]
+        chosen |= dict.fromkeys(worst)
+        rest, bad = [index for index in rest if index not in chosen], bad - len(worst)
+    chosen |= dict.fromkeys(spread(rest, bad))
+    chosen |= dict.fromkeys(spread(perfect, wanted - len(chosen)))
     return sorted(chosen, key=lambda index: (scores[index], index))
 
 
 def spread(indices: Sequence[int], wanted: int) -> list[int]:
-    """At most `wanted` of the indices, evenly over all, so that a sorted list is not judged by its beginning."""
+    """At most `wanted` of the indices, evenly over all."""
     count = min(len(indices), max(0, wanted))
     return [indices[number * len(indices) // count] for number in range(count)]
 
@@ -88,16 +55,18 @@ def spread(indices: Sequence[int], wanted: int) -> list[int]:
 def make(
     rows: Sequence[Mapping[str, Any]],
     scores: Sequence[Mapping[str, Any]],
-    primary: str,
-    pictures: Callable[[str, int], Sequence[Image]],
-) -> Card:
-    """The card of one item.
+    name: str,
+    stills: Sequence[Still],
+    longest: int = LONGEST_TEXT,
+) -> dict[str, Any]:
+    """The card of one item, as the page's script reads it. Places are in pixels of the picture with the given number.
 
     Args:
         rows: its row of `predictions.jsonl` of every checkpoint.
         scores: its row of `scores.jsonl` of every checkpoint.
-        primary: the score to show.
-        pictures: the example's pictures by dataset and row.
+        name: the score to show.
+        stills: the example's pictures and frames.
+        longest: most characters of a text.
 
     Raises:
         EvaluationError: the rows are not of the same item.
@@ -105,46 +74,21 @@ def make(
     row = rows[-1]
     if any(other["id"] != row["id"] for other in (*rows, *scores)):
         raise EvaluationError(f"item {row['id']!r}: checkpoints were asked different items; run the stages again")
-    references = row["references"]
-    size = references["width"] or 1, references["height"] or 1
-    metadata = references.get("metadata", {})
-    targets = [_pixels(point, size) for point in references["points"] or ()]
-    corners = [(*_pixels(box[:2], size), *_pixels(box[2:], size)) for box in metadata.get("boxes") or () if targets]
-    boxes = [(left, top, round(right - left, 2), round(bottom - top, 2)) for left, top, right, bottom in corners]
-    radius = metadata.get("radius") if targets and not boxes else None
-    reference = written(references["answer"] or "")
-    said = [
-        Said(
-            checkpoint=number,
-            words=marked(shorten(written(answer["prediction"])), shorten(reference)),
-            points=[_pixels(point, size) for point in extract_points(answer["prediction"])] if targets else [],
-            score=score["scores"][primary],
-            cut_off=answer["finish_reason"] == "length",
-            parsed=score["parsed"],
-        )
-        for number, (answer, score) in enumerate(zip(rows, scores, strict=True))
-    ]
     place = row["image"]
-    return Card(
-        id=row["id"],
-        prompt=shorten(row["prompt"]),
-        reference=shorten(reference),
-        pictures=[embed(image) for image in pictures(place["dataset"], place["row"])],
-        targets=targets,
-        boxes=boxes,
-        radius=None if radius is None else radius / 100 * max(size),
-        said=said,
-        example=row["example_id"],
-        where=f"{place['dataset']} row {place['row']}",
-    )
-
-
-def marked(text: str, reference: str) -> list[tuple[str, bool]]:
-    """The text in pieces; of texts with as many words as their reference, more than two, differing words are marked."""
-    words, wanted = text.split(), reference.split()
-    if len(words) != len(wanted) or len(words) < 3:
-        return [(text, False)]
-    return [(word, word != right) for word, right in zip(words, wanted, strict=True)]
+    return {
+        "id": row["id"],
+        "prompt": shorten(row["prompt"], longest),
+        "reference": shorten(written(row["references"]["answer"] or ""), longest),
+        "example": shorten(row["example_id"], longest),
+        "where": f"{place['dataset']} row {place['row']}",
+        "pictures": [
+            {"key": still.key, "width": still.image.width, "height": still.image.height}
+            | ({} if still.seconds is None else {"seconds": round(still.seconds, 2)})
+            for still in stills
+        ],
+        **_targets(row["references"]),
+        "answers": [_answer(said, score, name, stills, longest) for said, score in zip(rows, scores, strict=True)],
+    }
 
 
 def written(answer: str) -> str:
@@ -153,36 +97,82 @@ def written(answer: str) -> str:
     return " ".join(f"({x:.1f}, {y:.1f})" for x, y in points) if points else answer
 
 
-def shorten(text: str) -> str:
-    """At most `LONGEST_TEXT` characters, with a note of how many are left out."""
-    if len(text) <= LONGEST_TEXT:
-        return text
-    return f"{text[:LONGEST_TEXT]} … ({len(text) - LONGEST_TEXT} more characters)"
+def shorten(text: str, longest: int = LONGEST_TEXT) -> str:
+    """At most `longest` characters, with a note of how many are left out; halves of surrogate pairs become `?`."""
+    text = text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest} more characters)"
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def embed(image: Image) -> Picture:
-    """A picture as a data URI: the original bytes if small, else a reduced WebP."""
-    kind = BROWSER_FORMATS.get(image.format.upper())
-    data = image.data
-    if kind is None or len(data) > EMBED_BYTES:
-        kind, data = "image/webp", _reduced(image)
-    uri = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    return Picture(uri, image.width, image.height)
+def _answer(
+    row: Mapping[str, Any], score: Mapping[str, Any], name: str, stills: Sequence[Still], longest: int
+) -> dict[str, Any]:
+    """What one checkpoint said; facts that are as usual are left out."""
+    found: dict[str, Any] = {"text": shorten(written(row["prediction"]), longest), "score": score["scores"].get(name)}
+    if not score["parsed"]:
+        found["unparsed"] = True
+    if row["finish_reason"] == "length":
+        found["cut"] = True
+    if score.get("read") is not None:
+        found["read"] = shorten(str(score["read"]), longest)
+    if "iou" in score["scores"] and stills:  # the answer's points are corners
+        size = stills[0].image.width, stills[0].image.height
+        found["boxes"] = [_sides(box, size) for box in read_boxes(row["prediction"]).boxes[:MOST_MARKS]]
+    elif points := _said_points(row, stills):
+        found["points"] = points
+    return found
 
 
-def _reduced(image: Image) -> bytes:
-    from PIL import Image as PILImage
-    from PIL import ImageOps
+def _said_points(row: Mapping[str, Any], stills: Sequence[Still]) -> list[tuple[int, float, float]]:
+    """(number of the picture, x, y) of every point of an answer that lies in a picture shown."""
+    if not any(tag in row["prediction"] for tag in ("<", "(", "=")):
+        return []  # most answers: no need to look closer
+    found = []
+    for point in read_points(row["prediction"]).points[:MOST_MARKS]:
+        number = _picture_of(point.frame, stills)
+        if number is not None:
+            size = stills[number].image.width, stills[number].image.height
+            found.append((number, *_pixels((point.x, point.y), size)))
+    return found
 
-    if image.width * image.height > EMBED_PIXELS:
-        raise EvaluationError(f"picture of {image.width}x{image.height} pixels is too large for the report")
-    with PILImage.open(io.BytesIO(image.data)) as opened:
-        opened.draft("RGB", (EMBED_SIDE, EMBED_SIDE))  # lets a JPEG be decoded small
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
-    picture.thumbnail((EMBED_SIDE, EMBED_SIDE), PILImage.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=82, method=4)
-    return buffer.getvalue()
+
+def _picture_of(frame: float | None, stills: Sequence[Still]) -> int | None:
+    """Number of the picture that a point is in: its own from 1 on, of films that of the frame within a second."""
+    films = [number for number, still in enumerate(stills) if still.seconds is not None]
+    if frame is not None and films:
+        number = min(films, key=lambda number: abs((stills[number].seconds or 0.0) - frame))
+        return number if abs((stills[number].seconds or 0.0) - frame) < 1.0 else None
+    number = 0 if frame is None else int(frame) - 1
+    return number if 0 <= number < len(stills) else None
+
+
+def _targets(references: Mapping[str, Any]) -> dict[str, Any]:
+    """Points and regions that are right, on the first picture: `targets`, `boxes`, `outlines`, `radius`."""
+    size = references["width"] or 1, references["height"] or 1
+    metadata = references.get("metadata") or {}
+    targets = [_pixels(point, size) for point in (references["points"] or ())[:MOST_MARKS]]
+    boxes = [_sides(box, size) for box in _boxes(metadata)]
+    outlines = [path for mask in (metadata.get("masks") or ())[:MOST_MARKS] if (path := outline(mask, size))]
+    radius = metadata.get("radius") if targets and not boxes and not outlines else None
+    found = {"targets": targets, "boxes": boxes, "outlines": outlines}
+    return {name: marks for name, marks in found.items() if marks} | (
+        {} if radius is None else {"radius": round(radius / 100 * max(size), 2)}
+    )
+
+
+def _boxes(metadata: Mapping[str, Any]) -> Sequence[Sequence[float]]:
+    """Boxes in percent: left, top, right, bottom; what is not four numbers is no box."""
+    boxes = metadata.get("boxes") or ()
+    return [box for box in boxes if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))][:MOST_MARKS]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sides(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Left, top, width and height in pixels of a box in percent."""
+    (left, top), (right, bottom) = _pixels(box[:2], size), _pixels(box[2:], size)
+    return left, top, round(right - left, 2), round(bottom - top, 2)
 
 
 def _pixels(point: Sequence[float], size: tuple[int, int]) -> tuple[float, float]:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from molmo_model.data.example import Conversation, Example, Image, Message, Point
 from molmo_model.errors import DataError, MolmoError
-from molmo_model.eval.cards import Picture, embed
 from molmo_model.eval.pages import TEMPLATES, environment
+from molmo_model.eval.pictures import Picture, embed
 from molmo_model.preprocessing.preprocessor import IGNORE, PREFIX_SEGMENT, Encoded, Preprocessor
 from molmo_model.preprocessing.tiling import IMAGE_TOKENS, layout, letterbox_box
 

@@ -4,34 +4,24 @@ Kept apart from tasks, journal and metrics: the sources that this module imports
 change an answer, and their digest is part of the journal's key.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from molmo_model.config import DecodingConfig, EvalPrecision, Quantization
-from molmo_model.errors import CheckpointError
+from molmo_model.decoding import DecodingConfig, EvalPrecision, Quantization
 from molmo_model.eval.answering import Answer, Asking, Question
-from molmo_model.nn.frame_selection import FrameScorer
+from molmo_model.eval.limits import limited
+from molmo_model.eval.loading import computing, cost_of, load_answering, seed_of
+from molmo_model.eval.measuring import measure
 from molmo_model.nn.generation import finish_reason, generate
 from molmo_model.nn.image_token_cache import ImageTokenCache
 from molmo_model.nn.molmo import MolmoForConditionalGeneration
-from molmo_model.nn.pretrained import require_none_missing
-from molmo_model.nn.quantization import quantized_loading
 from molmo_model.preprocessing.collator import collate_prompts
-from molmo_model.preprocessing.preprocessor import Encoded, Preprocessor
-
-AUTOCAST = {EvalPrecision.bf16: torch.bfloat16, EvalPrecision.fp16: torch.float16}
-"""Weights stay in fp32; these compute in a lower precision through autocast."""
-WEIGHTS = {EvalPrecision.bf16_weights: torch.bfloat16}
-"""What weights are loaded in, where not in fp32."""
-ONE_THREAD_PARAMETERS = 50_000_000
-"""Models below this size answer on one CPU thread: a second one gains little alone, and costs ten times and more where
-cells of an evaluation run side by side on few cores, because the threads then wait for each other spinning."""
+from molmo_model.preprocessing.preprocessor import Preprocessor
 
 
 class Predictor:
@@ -69,35 +59,11 @@ class Predictor:
             ConfigError: a quantisation that this machine cannot do.
             CheckpointError: the folder is missing, or no checkpoint that can be loaded.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise CheckpointError(f"{folder} is not a checkpoint: it has no config.json")
-        preprocessor = Preprocessor.from_pretrained(folder)
-        fewer_bits = quantized_loading(quantization)
-        try:
-            model, info = MolmoForConditionalGeneration.from_pretrained(
-                folder,
-                dtype=WEIGHTS.get(precision, torch.float32),
-                local_files_only=True,
-                output_loading_info=True,
-                **fewer_bits,
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"the model in {folder} cannot be loaded: {error}") from error
-        require_none_missing(str(folder), info["missing_keys"], info)  # transformers would draw them at random
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if (scorer := preprocessor.config.video.select_frames_by_query) is not None:
-            preprocessor.frame_scorer = FrameScorer(scorer, device)
-        if model.num_parameters() < ONE_THREAD_PARAMETERS:
-            torch.set_num_threads(1)
-        return cls(model if fewer_bits else model.to(device), preprocessor, precision)
+        return cls(*load_answering(folder, precision, device, quantization), precision)
 
     def cost(self, question: Question) -> tuple[int, int]:
         """Tokens and crops of a question: what batches are sorted by. No pixel is looked at."""
-        sizes = [(image.width, image.height) for image in question.example.images]
-        conversation = question.example.conversations[question.conversation]
-        videos = question.example.videos
-        return self.preprocessor.cost(sizes, [conversation], id=question.example.id, videos=videos)
+        return cost_of(self.preprocessor, question)
 
     @property
     def made(self) -> Mapping[str, Any]:
@@ -111,10 +77,24 @@ class Predictor:
         self, questions: Sequence[Question], read: Callable[[int], Question], asking: Asking
     ) -> Iterator[tuple[int, Answer]]:
         """Batches of similar cost, the most expensive first; see `Answering`."""
-        for batch in batches([self.cost(question) for question in questions], self.batch_size):
+        shown = self.limited(questions, asking)
+        for batch in batches([shown.cost(question) for question in questions], self.batch_size):
             asked = [read(index) for index in batch]
-            found = self.answer(asked, asking.max_new_tokens, asking.decoding, asking.keep_image_tokens)
+            if asking.measure:
+                found = shown.measure(asked)
+            else:
+                found = shown.answer(asked, asking.max_new_tokens, asking.decoding, asking.keep_image_tokens)
             yield from zip(batch, found, strict=True)
+
+    def limited(self, questions: Sequence[Question], asking: Asking) -> "Predictor":
+        """This model and its cache, with the crops and frames of a task; see `limits.limited`."""
+        files = max((len(question.example.files) for question in questions), default=0)
+        preprocessor = limited(self.preprocessor, asking, files)
+        if preprocessor is self.preprocessor:
+            return self
+        other = copy(self)
+        other.preprocessor = preprocessor
+        return other
 
     def answer(
         self,
@@ -139,7 +119,7 @@ class Predictor:
                 max_new_tokens,
                 [preprocessor.eos_id],
                 decoding,
-                seeds=[_seed(prompt, decoding.seed) for prompt in prompts] if decoding.do_sample else None,
+                seeds=[seed_of(prompt, decoding.seed) for prompt in prompts] if decoding.do_sample else None,
                 cache=self.cache,
                 keep_image_tokens=keep_image_tokens,
             )
@@ -148,19 +128,16 @@ class Predictor:
             for ids, prompt in zip(answers, prompts, strict=True)
         ]
 
+    def measure(self, questions: Sequence[Question]) -> list[Answer]:
+        """The loss on the reference answers of one batch, in order: all answers of each conversation, as training
+        learns them."""
+        encoded = [self.preprocessor.encode(one.example, [one.conversation]) for one in questions]
+        with self.autocast():
+            return measure(self.model, encoded, self.preprocessor)
+
     def autocast(self) -> AbstractContextManager[object]:
         """What computes in the predictor's precision."""
-        dtype = AUTOCAST.get(self.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.model.device.type, dtype=dtype)
-
-
-def _seed(prompt: Encoded, seed: int) -> int:
-    """Seed of one question's generator: of its tokens and pictures, so that neither its place in a batch nor its
-    neighbours change what is drawn, and the same question gets the same answer."""
-    content = hashlib.blake2b(str(seed).encode(), digest_size=8)
-    for array in (prompt.input_ids, prompt.pixels):
-        content.update(array.tobytes())
-    return int.from_bytes(content.digest(), "big") >> 1
+        return computing(self.model, self.precision)
 
 
 def batches(costs: Sequence[tuple[int, int]], size: int) -> Iterator[list[int]]:

@@ -1,19 +1,23 @@
 """The journal of predictions: what a model once answered is never computed again, and never mistaken for another's.
 
 An append-only JSONL file per writer in one folder. Every line carries its own checksum and the key of one answer. The
-key is a digest of everything that can change the answer (`Identity` plus images and prompt) and of nothing else: paths,
-batch sizes and ranks are recorded beside the answer for the curious. A kill loses at most the batch in flight. Several
-writers (tasks, ranks, machines) share a folder without talking to each other: each appends to its own file and reads
-all; journals merge by copying files into one folder.
+key is a digest of everything that can change the answer (`Identity`, the files of pictures and films, the prompt) and
+of nothing else: paths, batch sizes and ranks are recorded beside the answer for the curious. A kill loses at most the
+batch in flight. Several writers (tasks, ranks, machines) share a folder without talking to each other: each appends to
+its own file and reads all; journals merge by copying files into one folder. A question that was asked again on purpose
+has a line of a later turn, which wins; the older lines stay as history.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +26,8 @@ from molmo_model.artifacts import Manifest, canonical_json, digest_of
 
 LIBRARIES = ("av", "numpy", "opencv-python-headless", "pillow", "tokenizers", "torch", "transformers")
 """Installed packages whose version can change an answer."""
+QUANTIZING_LIBRARIES = ("bitsandbytes",)
+"""As `LIBRARIES`, where weights have fewer bits."""
 MODEL_FILES = ("config.json", "generation_config.json")
 PREPROCESSOR_FILE = "molmo_preprocessor.json"
 OTHER_FILES = ("params.json", "model.safetensors.index.json", "chat_template.jinja")
@@ -29,6 +35,11 @@ OTHER_FILES = ("params.json", "model.safetensors.index.json", "chat_template.jin
 is for transformers' programs: our prompts are the preprocessor's."""
 CHECKSUM_CHARACTERS = 16
 """Hex characters of SHA-256 before every line: 64 bits tell damage from data."""
+FOLDER_CHARACTERS = 20
+"""Hex characters of a weights' digest that name the folder of its journals."""
+SYNC_SECONDS = 2.0
+"""Lines are handed to the system at once, so a kill of the process loses none; they are forced onto the disk this
+often, so a power cut loses seconds."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +55,33 @@ class Identity:
     tokenizer: str
     """Digest over the tokenizer's files."""
     code: str
-    """Digest of the sources that turn a question into an answer."""
+    """Digest of the sources that turn a question into an answer: those of the engine."""
     versions: Mapping[str, str]
     """Installed versions of the libraries that compute."""
     decoding: Mapping[str, Any]
     """Strategy and its settings, such as the most new tokens."""
     precision: str
+    engine: str = "generate"
+    """What answers, resolved: never `auto`."""
 
-    def key(self, images: Sequence[str], prompt: Sequence[str]) -> str:
+    @cached_property
+    def whole(self) -> str:
+        """SHA-256 over all fields."""
+        return digest_of(asdict(self))
+
+    @property
+    def digest(self) -> str:
+        """A short name of this identity in the journal's lines."""
+        return self.whole[:CHECKSUM_CHARACTERS]
+
+    def key(self, images: Sequence[Any], prompt: Sequence[str]) -> str:
         """The key of one answer.
 
         Args:
-            images: digests of the original image bytes, in order.
+            images: of the original files in order, what tells each from any other: at least the digest of its bytes.
             prompt: the texts, turn by turn, up to where the answer begins.
         """
-        return digest_of({**asdict(self), "images": list(images), "prompt": list(prompt)})
+        return digest_of({"identity": self.whole, "images": list(images), "prompt": list(prompt)})
 
 
 def _is_weights(name: str) -> bool:
@@ -72,13 +95,15 @@ def weights_digest(checkpoint: Manifest) -> str:
     )
 
 
-def identity_of(checkpoint: Manifest, code: str, decoding: Mapping[str, Any], precision: str) -> Identity:
+def identity_of(
+    checkpoint: Manifest, code: str, decoding: Mapping[str, Any], precision: str, engine: str = "generate"
+) -> Identity:
     """The identity of a checkpoint's answers, from the hashes in its manifest and the installed libraries.
 
     Args:
         checkpoint: the checkpoint's manifest; its optimizer state, record of the params and chat template do not count.
         code: digest of the sources that answer.
-        decoding, precision: as in `Identity`.
+        decoding, precision, engine: as in `Identity`.
     """
     known = {*MODEL_FILES, PREPROCESSOR_FILE, *OTHER_FILES}
     top = {name: entry.sha256 for name, entry in checkpoint.files.items() if "/" not in name}
@@ -86,16 +111,91 @@ def identity_of(checkpoint: Manifest, code: str, decoding: Mapping[str, Any], pr
     def digest(wanted: Callable[[str], bool]) -> str:
         return digest_of({name: sha256 for name, sha256 in top.items() if wanted(name)})
 
+    quantized = decoding.get("quantization", "none") != "none"
     return Identity(
         weights=weights_digest(checkpoint),
         config=digest(lambda name: name in MODEL_FILES),
         preprocessor=digest(lambda name: name == PREPROCESSOR_FILE),
         tokenizer=digest(lambda name: not _is_weights(name) and name not in known),
         code=code,
-        versions={name: version(name) for name in LIBRARIES},
+        versions={name: _version(name) for name in (*LIBRARIES, *(QUANTIZING_LIBRARIES if quantized else ()))},
         decoding=decoding,
         precision=precision,
+        engine=engine,
     )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a journal that holds an answer."""
+
+    key: str
+    answer: dict[str, Any]
+    made: dict[str, Any]
+    """Circumstances that should not change an answer: engine, batch size, ranks, device, checkpoint, task."""
+    turn: int = 0
+    """How many times the question had been asked again on purpose."""
+    at: int = 0
+    """Seconds since the epoch; 0 in lines of before this was kept."""
+    identity: str = ""
+    """`Identity.digest`; its facts stand on a line of their own."""
+
+    def stands_over(self, other: "Entry | None") -> bool:
+        """Whether this one is the answer to use: of the latest turn, there the first that was written."""
+        if other is None:
+            return True
+        mine, its = (self.turn, -self.at), (other.turn, -other.at)
+        return mine > its or (mine == its and canonical_json(self.answer) < canonical_json(other.answer))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a journal's file: an answer, the facts of an identity, or damage (all None)."""
+
+    number: int
+    """From 1."""
+    raw: bytes
+    """With its newline."""
+    entry: Entry | None = None
+    facts: tuple[str, dict[str, Any]] | None = None
+    """An identity's digest, and what a listing says of it."""
+
+    @property
+    def damaged(self) -> bool:
+        return self.entry is None and self.facts is None
+
+
+def read_lines(path: Path, start: int = 0, number: int = 0) -> Iterator[Line]:
+    """The complete lines of a journal's file from byte `start` on, which `number` lines precede.
+
+    A last line without its newline is left out: its writer may be in the middle of it.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        for raw in file:
+            number += 1
+            if raw.endswith(b"\n"):
+                yield _line(number, raw)
+
+
+def _line(number: int, raw: bytes) -> Line:
+    record = unseal(raw)
+    if record is None:
+        return Line(number, raw)
+    try:
+        if "facts" in record:
+            return Line(number, raw, facts=(record["identity"], dict(record["facts"])))
+        fields = {name: record[name] for name in ("turn", "at", "identity") if name in record}
+        return Line(number, raw, Entry(record["key"], record["answer"], record["made"], **fields))
+    except (KeyError, TypeError, ValueError):
+        return Line(number, raw)
 
 
 class Journal:
@@ -105,20 +205,25 @@ class Journal:
         problems: what was repaired or skipped while reading, one sentence each, naming file and line.
     """
 
-    def __init__(self, folder: str | Path, writer: str) -> None:
+    def __init__(self, folder: str | Path, writer: str, others: bool = True) -> None:
         """Opens the folder's journals for reading and `<writer>.jsonl` for appending.
+
+        Args:
+            others: also read what other writers wrote.
 
         Waits while another process appends to the same file; its answers are then read too.
         """
         self.path = Path(folder) / f"{writer}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.problems: list[str] = []
-        self._answers: dict[str, dict[str, Any]] = {}
-        self._file = open(self.path, "ab")  # noqa: SIM115  closed by close()
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._entries: dict[str, Entry] = {}
+        self._read_to: dict[Path, tuple[int, int]] = {}
+        self._introduced: set[str] = set()
+        self._file = _locked(self.path)
+        self._synced = time.monotonic()
+        self._others = others
         self._repair()
-        for path in sorted(self.path.parent.glob("*.jsonl")):
-            self._read(path)
+        self.refresh()
 
     def __enter__(self) -> "Journal":
         return self
@@ -129,29 +234,83 @@ class Journal:
         self.close()
 
     def close(self) -> None:
-        self._file.close()
+        """Forces what was written onto the disk and lets the next writer in."""
+        self.sync()
+        os.close(self._file)
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return len(self._entries)
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The recorded answer, or None."""
-        return self._answers.get(key)
+        found = self._entries.get(key)
+        return None if found is None else found.answer
 
-    def append(self, answers: Iterable[tuple[str, Mapping[str, Any]]], made: Mapping[str, Any]) -> None:
-        """Records a batch of (key, answer) and returns once it is on the disk.
+    def turn(self, key: str) -> int:
+        """The turn of the recorded answer; -1 where there is none."""
+        found = self._entries.get(key)
+        return -1 if found is None else found.turn
+
+    def append(
+        self,
+        answers: Iterable[tuple[str, Mapping[str, Any]]],
+        made: Mapping[str, Any],
+        identity: str = "",
+        turns: Mapping[str, int] | None = None,
+    ) -> None:
+        """Records (key, answer) pairs; a kill of the process after the return loses none of them.
 
         Args:
             answers: plain JSON values by key.
             made: circumstances that should not change an answer (batch size, rank, device), kept for inspection.
+            identity: digest of the identity, whose facts `introduce` wrote.
+            turns: of keys that are asked again on purpose, how many times they have been now.
         """
-        lines = b""
+        lines, at = b"", int(time.time())
         for key, answer in answers:
-            lines += seal({"key": key, "answer": dict(answer), "made": dict(made)})
-            self._answers[key] = dict(answer)
-        self._file.write(lines)
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            turn = (turns or {}).get(key, 0)
+            entry = Entry(key, dict(answer), dict(made), turn, at, identity)
+            lines += seal({name: value for name, value in vars(entry).items() if value or name in _ALWAYS})
+            if entry.stands_over(self._entries.get(key)):
+                self._entries[key] = entry
+        self._write(lines)
+
+    def introduce(self, identity: str, facts: Mapping[str, Any]) -> None:
+        """Says once per file what an identity stands for, for people who list the journal."""
+        if identity not in self._introduced:
+            self._introduced.add(identity)
+            self._write(seal({"identity": identity, "facts": dict(facts)}))
+
+    def sync(self) -> None:
+        """Forces what was written onto the disk."""
+        os.fsync(self._file)
+        self._synced = time.monotonic()
+
+    def refresh(self) -> None:
+        """Reads what was added to the folder's files, by whomever."""
+        for path in sorted(self.path.parent.glob("*.jsonl")) if self._others else [self.path]:
+            start, number = self._read_to.get(path, (0, 0))
+            for line in read_lines(path, start, number):
+                start, number = start + len(line.raw), line.number
+                self._take(path, line)
+            self._read_to[path] = start, number
+
+    def _take(self, path: Path, line: Line) -> None:
+        if line.entry is not None and line.entry.stands_over(self._entries.get(line.entry.key)):
+            self._entries[line.entry.key] = line.entry
+        elif line.facts is not None and path == self.path:
+            self._introduced.add(line.facts[0])
+        elif line.damaged:
+            self.problems.append(
+                f"{path}:{line.number}: checksum does not match, the line is skipped and computed again"
+            )
+
+    def _write(self, lines: bytes) -> None:
+        view = memoryview(lines)
+        while view:
+            view = view[os.write(self._file, view) :]
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
+            self.sync()
 
     def _repair(self) -> None:
         """Cuts a last line without its newline: the batch in flight when the writer was killed."""
@@ -159,20 +318,45 @@ class Journal:
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             line = data.count(b"\n") + 1
-            self._file.truncate(whole)
+            os.truncate(self._file, whole)
             self.problems.append(f"{self.path}:{line}: torn last line of {len(data) - whole} bytes removed")
 
-    def _read(self, path: Path) -> None:
-        data = path.read_bytes()
-        complete = data[: data.rfind(b"\n") + 1]  # another writer may be in the middle of its last line
-        for number, line in enumerate(complete.splitlines(keepends=True), start=1):
-            record = unseal(line)
-            if record is None:
-                self.problems.append(
-                    f"{path}:{number}: checksum does not match, the line is skipped and computed again"
-                )
-            else:
-                self._answers.setdefault(record["key"], record["answer"])
+
+_ALWAYS = ("key", "answer", "made")
+
+
+def _locked(path: Path, wait: bool = True) -> int:
+    """A file descriptor for appending that nobody else holds. A file that was put in its place while this waited, as
+    pruning does, is opened instead.
+
+    Raises:
+        BlockingIOError: another process appends to it, and `wait` is False.
+    """
+    while True:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.stat(path)):
+                    return file
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Holds a journal's file, so that nobody appends to it.
+
+    Raises:
+        BlockingIOError: somebody does just now.
+    """
+    file = _locked(path, wait=False)
+    try:
+        yield
+    finally:
+        os.close(file)
 
 
 def seal(record: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ A row holds everything that scoring and the report may want, references with all
 ever needs a model or a second look at the data set's files.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 """Fields of a row: `image` names `dataset`, `row` of its index and `sha256` of the pictures; `tokens` counts the
 answer's without the end token; `references` is `eval.tasks.references`."""
+OPTIONAL: dict[str, type | tuple[type, ...]] = {"measured": dict}
+"""Fields that a row may lack: `measured` is what a task of kind `loss` measured on the reference answer."""
 FINISH_REASONS = ("stop", "length")
 
 
@@ -48,17 +51,26 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         EvaluationError: naming file and line, for whatever is no JSON object.
     """
-    rows = []
     with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise EvaluationError(f"{path}:{number}: not JSON ({error}); run the predict stage again") from error
-            if not isinstance(row, dict):
-                raise EvaluationError(f"{path}:{number}: a {type(row).__name__} where an object is needed")
-            rows.append(row)
+        lines = file.read().split("\n")
+    if not lines[-1]:
+        lines.pop()
+    rows: list[Any] = []
+    with contextlib.suppress(ValueError):  # all at once is faster by a third: a field's name is one object in all rows
+        rows = json.loads(f"[{','.join(lines)}]")
+    if len(rows) != len(lines):  # a line is broken, or holds two objects
+        rows = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise EvaluationError(f"{path}:{number}: a {type(row).__name__} where an object is needed")
     return rows
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise EvaluationError(f"{where}: not JSON ({error}); run the predict stage again") from error
 
 
 def read_predictions(path: str | Path) -> list[dict[str, Any]]:
@@ -79,15 +91,19 @@ def check(rows: list[dict[str, Any]], source: str) -> None:
         EvaluationError: naming source, line and field.
     """
     seen: dict[str, int] = {}
+    known = FIELDS | OPTIONAL
     for number, row in enumerate(rows, start=1):
-        where = f"{source}:{number}"
-        if row.keys() != FIELDS.keys():
-            extra, missing = sorted(row.keys() - FIELDS.keys()), sorted(FIELDS.keys() - row.keys())
-            raise EvaluationError(f"{where}: unknown fields {extra}, missing fields {missing}")
-        for name, kind in FIELDS.items():
-            if not isinstance(row[name], kind) or isinstance(row[name], bool):
-                raise EvaluationError(f"{where}: {name} is {row[name]!r}, a {type(row[name]).__name__}")
+        if row.keys() != FIELDS.keys() and row.keys() - OPTIONAL.keys() != FIELDS.keys():
+            extra, missing = sorted(row.keys() - known.keys()), sorted(FIELDS.keys() - row.keys())
+            raise EvaluationError(f"{source}:{number}: unknown fields {extra}, missing fields {missing}")
+        for name, value in row.items():
+            if value is True or value is False or not isinstance(value, known[name]):
+                raise EvaluationError(f"{source}:{number}: {name} is {value!r}, a {type(value).__name__}")
         if row["finish_reason"] not in FINISH_REASONS:
-            raise EvaluationError(f"{where}: finish_reason is {row['finish_reason']!r}, not one of {FINISH_REASONS}")
+            raise EvaluationError(
+                f"{source}:{number}: finish_reason is {row['finish_reason']!r}, not one of {FINISH_REASONS}"
+            )
         if (first := seen.setdefault(row["id"], number)) != number:
-            raise EvaluationError(f"{where}: id {row['id']!r} stands on line {first} too; one row per item is needed")
+            raise EvaluationError(
+                f"{source}:{number}: id {row['id']!r} stands on line {first} too; one row per item is needed"
+            )

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any
 
 from molmo_model.config import TaskConfig
-from molmo_model.data.example import Conversation, Example, item_id
+from molmo_model.data.example import PRIVATE, Conversation, Example, item_id
 from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import EvaluationError
 from molmo_model.preprocessing import prompts
@@ -67,33 +67,44 @@ def training_references(task: TaskConfig, reader: ShardReader) -> list[dict[str,
 
 
 def references(item: Item) -> dict[str, Any]:
-    """What an answer is compared with, as plain JSON: nothing that scoring may want is left out."""
+    """What an answer is compared with, as plain JSON: nothing that scoring may want is left out.
+
+    `width` and `height` are those of the first picture or film, in pixels, `sizes` of all where there are several;
+    `answer` is None where the right one is not public.
+    """
     conversation, example = item.asked, item.example
-    answer = conversation.messages[-1]
-    image = example.images[0] if example.images else None
+    answer, private = conversation.messages[-1], bool(conversation.metadata.get(PRIVATE))
+    first = example.files[0] if example.files else None
     return {
-        "answer": prompts.answer(conversation.style, answer),
+        "question": conversation.messages[-2].text,
+        "answer": None if private else prompts.answer(conversation.style, answer),
         "points": None if answer.points is None else [list(point) for point in answer.points],
         "label": answer.label,
-        "width": None if image is None else image.width,
-        "height": None if image is None else image.height,
+        "width": None if first is None else first.width,
+        "height": None if first is None else first.height,
+        **({"sizes": [[one.width, one.height] for one in example.files]} if len(example.files) > 1 else {}),
         "metadata": conversation.metadata,
         "example_metadata": example.metadata,
     }
+
+
+def light(example: Example) -> Example:
+    """An example without the bytes of its pictures and films: as many as one likes fit into memory."""
+    return replace(
+        example,
+        images=tuple(replace(image, data=b"\0") for image in example.images),
+        videos=tuple(replace(video, data=b"\0") for video in example.videos),
+    )
 
 
 def _of_rows(task: TaskConfig, reader: ShardReader, rows: list[int]) -> Iterator[Item]:
     for row in rows:
         example = reader.read(row)  # all bytes are verified here, though the pictures are let go
         images = (*(image.sha256 for image in example.images), *(video.identity for video in example.videos))
-        light = replace(
-            example,
-            images=tuple(replace(image, data=b"\0") for image in example.images),
-            videos=tuple(replace(video, data=b"\0") for video in example.videos),
-        )
+        without_bytes = light(example)
         for number, conversation in enumerate(example.conversations):
             if not task.styles or conversation.style in task.styles:
-                yield Item(row, light, images, number)
+                yield Item(row, without_bytes, images, number)
 
 
 def _rows(task: TaskConfig, reader: ShardReader, split: str) -> list[int]:

@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from molmo_model.config import DecodingConfig
+from molmo_model.decoding import DecodingConfig
 from molmo_model.errors import ConfigError
 from molmo_model.nn.he_molmo import generation_inputs
 from molmo_model.nn.image_token_cache import ImageTokenCache

@@ -5,13 +5,13 @@ be the wrong one, whatever the file was called; decoding and cropping are still 
 entries make room, by bytes. A cache belongs to one model in one precision: whoever changes either makes a new one.
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ class _Picture:
     tokens: int
 
     def digest(self) -> str:
-        found = hashlib.blake2b(digest_size=20)
+        found = xxhash.xxh3_128()  # quick: a GPU waits for it
         for tensor in (self.pixels, self.pooling, self.masks):
             if tensor is not None:
-                array = tensor.cpu().numpy()
+                array = tensor.cpu().contiguous().numpy()
                 found.update(f"{array.dtype}{array.shape}".encode())
-                found.update(array.tobytes())
+                found.update(array.data)
         return found.hexdigest()
 
 
@@ -114,19 +114,24 @@ def _pictures(batch: Mapping[str, Any], patches: int) -> list[_Picture]:
 
 
 def _encode(model: "MolmoForConditionalGeneration", pictures: list[_Picture], patches: int) -> tuple[Tensor, ...]:
-    """The tokens of some pictures, as one batch."""
+    """The tokens of some pictures, as one batch. The host does not wait for the device."""
     windows, start = [], 0
     for picture in pictures:
         windows.append(torch.where(picture.pooling >= 0, picture.pooling + start * patches, -1))
         start += len(picture.pixels)
     inputs = {
-        "pixel_values": torch.cat([picture.pixels for picture in pictures]),
-        "pooling": torch.cat(windows),
-        "image_token_counts": torch.tensor([picture.tokens for picture in pictures]),
+        "pixel_values": _moved([picture.pixels for picture in pictures], model.device),
+        "pooling": _moved(windows, model.device),
+        "image_token_counts": torch.tensor([picture.tokens for picture in pictures]),  # read on the host
     }
     masks = [picture.masks for picture in pictures if picture.masks is not None]
     if masks:
-        inputs["patch_masks"] = torch.cat(masks)
-    encoded = model.model.get_image_features(**{name: value.to(model.device) for name, value in inputs.items()})
+        inputs["patch_masks"] = _moved(masks, model.device)
+    encoded = model.model.get_image_features(**inputs)
     # a copy each: a slice of the batch's tensor would keep all of it alive
     return tuple(tokens.clone() for tokens in encoded.pooler_output)
+
+
+def _moved(parts: list[Tensor], device: torch.device) -> Tensor:
+    """The parts in one tensor on the device; parts in pinned memory are copied while the host goes on."""
+    return torch.cat([part.to(device, non_blocking=True) for part in parts])

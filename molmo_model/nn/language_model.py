@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from molmo_model.config import lookup
 from molmo_model.errors import ConfigError
+from molmo_model.lookup import lookup
 from molmo_model.model_config import LanguageConfig, MessageFormat
 from molmo_model.nn.pretrained import load_config, load_model, require_none_missing, same_sizes
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from molmo_model.config import lookup
 from molmo_model.errors import ConfigError
+from molmo_model.lookup import lookup
 from molmo_model.model_config import TokenScore, VisionPositions
 from molmo_model.nn.attention import IMPLEMENTATION
 from molmo_model.nn.connector import PADDING_VECTORS, SCALE_FUSIONS

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from molmo_model.config import Quantization
+from molmo_model.decoding import Quantization
 from molmo_model.errors import ConfigError
 
 PACKAGE = "bitsandbytes"

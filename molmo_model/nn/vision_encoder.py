@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from molmo_model.config import lookup
 from molmo_model.errors import ConfigError
+from molmo_model.lookup import lookup
 from molmo_model.nn.positions import (
     ROTARY,
     LearnedPositions2D,

@@ -24,8 +24,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL import TiffImagePlugin as _tiff  # noqa: F401  decoders that PIL knows by name only once they are loaded
 from PIL import WebPImagePlugin as _webp  # noqa: F401
 
-from molmo_model.config import lookup
 from molmo_model.errors import DataError
+from molmo_model.lookup import lookup
 from molmo_model.preprocessing.tiling import letterbox_box
 
 Pixels = npt.NDArray[np.uint8]

@@ -282,7 +282,12 @@ class Preprocessor:
         )
 
     def encode_prompt(
-        self, example: Example, conversation: int = 0, max_tokens: int | None = None, length: int | None = None
+        self,
+        example: Example,
+        conversation: int = 0,
+        max_tokens: int | None = None,
+        length: int | None = None,
+        seen: Encoded | None = None,
     ) -> Encoded:
         """The sequence that the model continues with its answer to the last question of a conversation.
 
@@ -291,6 +296,8 @@ class Preprocessor:
 
         Args:
             length: what is said of a caption's length in place of `config.caption_length`; 0 says nothing.
+            seen: another prompt of the same example and preprocessor: its crops are taken, no picture is decoded again.
+                Not for films.
 
         Raises:
             DataError: as `encode`, or the prompt has more than `max_tokens` tokens.
@@ -314,7 +321,10 @@ class Preprocessor:
             raise DataError(
                 f"example {example.id}#{conversation}: the prompt has {len(input_ids)} tokens, more than {max_tokens}"
             )
-        pixels, pooling = self._pixels(example, layouts, film)
+        if seen is not None and film is None and seen.id == example.id:
+            pixels, pooling = seen.pixels, seen.pooling
+        else:
+            pixels, pooling = self._pixels(example, layouts, film)
         length, prefix = len(input_ids), len(first.input_ids)
         return Encoded(
             input_ids=input_ids,

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, TypeVar
 
-from molmo_model.config import lookup
 from molmo_model.errors import CheckpointError, ConfigError
+from molmo_model.lookup import lookup
 from molmo_model.model_config import (
     CropMode,
     LossWeighting,

@@ -42,6 +42,7 @@ GRAPH = {
 }
 CHECKS = {
     "metrics:coverage",
+    "metrics:gate",
     "metrics:schema",
     "mixture:schema",
     "predictions:coverage",
@@ -75,7 +76,12 @@ def test_checks() -> None:
     graph = defs.resolve_asset_graph()
     checks = {f"{key.asset_key.to_user_string()}:{key.name}": graph.get(key) for key in graph.asset_check_keys}
     assert {name for name, node in checks.items() if node.blocking} == CHECKS
-    assert set(checks) - CHECKS == {"mixture:near_duplicates", "validation:expectations", "validation:near_duplicates"}
+    assert set(checks) - CHECKS == {
+        "metrics:gate_warning",
+        "mixture:near_duplicates",
+        "validation:expectations",
+        "validation:near_duplicates",
+    }
 
 
 def test_jobs_schedules_sensors() -> None:

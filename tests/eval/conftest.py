@@ -1,7 +1,7 @@
 """An evaluated project, and a tiny checkpoint, made once for the room."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from molmo_model.config import Params
 from pipelines import assemble, report, score, scorecard
 from pipelines.stage import run, run_all
 from tests.eval import synthetic
+from tests.eval.serving import ServerProcess
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,13 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(folder)
         run(assemble.STAGE, settings, model="base")
     return folder
+
+
+@pytest.fixture(scope="session")
+def serving(assembled: Path) -> Iterator[ServerProcess]:
+    """The tiny model behind `pipelines.serve`, a process of its own."""
+    with ServerProcess(assembled) as server:
+        yield server
 
 
 @pytest.fixture

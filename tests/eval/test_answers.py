@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from molmo_model.config import DecodingConfig, Quantization, TaskConfig, check_decoding, read_decoding
+from molmo_model.config import DecodingConfig, EvalConfig, Quantization, TaskConfig, check_decoding, read_decoding
 from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import ConfigError
 from molmo_model.eval.answering import Question
@@ -43,7 +43,7 @@ def questions(assembled):
 
 
 def key(task: TaskConfig, quantization: Quantization = Quantization.none) -> str:
-    decoding = decoding_identity(task, quantization)
+    decoding = decoding_identity(task, EvalConfig(quantization=quantization))
     return Identity("w", "c", "p", "t", "code", {"torch": "1"}, decoding, "fp32").key(["image"], ["prompt"])
 
 

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 
 from molmo_model.artifacts import FileEntry, Manifest
-from molmo_model.eval.journal import Identity, Journal, identity_of, seal, unseal
+from molmo_model.eval.journal import Identity, Journal, identity_of, read_lines, seal, unseal
 
 IDENTITY = Identity(
     weights="w" * 64,
@@ -188,3 +189,94 @@ def test_unseal_refuses_what_seal_did_not_write():
     assert unseal(line) == {"key": "a"}
     for wrong in (b"", b"\n", b"0123456789abcdef {}\n", line.replace(b"a", b"b"), b"null\n"):
         assert unseal(wrong) is None
+
+
+def test_answers_are_with_the_system_as_soon_as_they_are_recorded(tmp_path):
+    """A kill after `append` loses none, however long the next answer takes; the disk follows within seconds."""
+    with Journal(tmp_path, "a") as journal:
+        for number in range(3):
+            journal.append([(f"k{number}", {"text": "x"})], MADE)
+            assert journal.path.read_bytes().count(b"\n") == number + 1
+
+
+def test_what_an_identity_stands_for_is_written_once_per_file(tmp_path):
+    for _ in range(2):
+        with Journal(tmp_path, "a") as journal:
+            for _ in range(2):
+                journal.introduce(IDENTITY.digest, {"precision": "fp32"})
+            journal.append([("k1", {"text": "one"})], MADE, IDENTITY.digest)
+    with Journal(tmp_path, "b") as journal:
+        journal.introduce(IDENTITY.digest, {"precision": "fp32"})
+    lines = [line for name in "ab" for line in read_lines(tmp_path / f"{name}.jsonl")]
+    assert [line.facts for line in lines if line.facts] == [(IDENTITY.digest, {"precision": "fp32"})] * 2
+    assert {line.entry.identity for line in lines if line.entry} == {IDENTITY.digest}
+
+
+def test_a_later_turn_wins_and_the_older_line_stays(tmp_path):
+    with Journal(tmp_path, "z") as journal:
+        journal.append([("k1", {"text": "new"})], MADE, turns={"k1": 2})
+    with Journal(tmp_path, "a") as journal:
+        assert journal.turn("k1") == 2
+        journal.append([("k1", {"text": "old"}), ("k2", {"text": "two"})], MADE)
+        assert journal.get("k1") == {"text": "new"}
+        assert [journal.turn(key) for key in ("k1", "k2", "k3")] == [2, 0, -1]
+    with Journal(tmp_path, "b") as journal:
+        assert journal.get("k1") == {"text": "new"}
+    assert sum(path.read_bytes().count(b'"k1"') for path in tmp_path.glob("*.jsonl")) == 2
+
+
+def test_new_lines_of_others_are_seen_when_asked_for(tmp_path):
+    with Journal(tmp_path, "mine") as mine, Journal(tmp_path, "other", others=False) as other:
+        for number in range(3):
+            other.append([(f"k{number}", {"text": str(number)})], MADE)
+            assert mine.get(f"k{number}") is None
+            mine.refresh()
+            assert mine.get(f"k{number}") == {"text": str(number)}
+
+
+def test_whatever_is_damaged_nothing_wrong_is_ever_answered(tmp_path):
+    """300 journals of two writers, cut, with bits turned, with bytes gone or doubled: a key has its answer, an older
+    one of its own, or none; lines that were not touched all count; every touched one is told by file and line."""
+    said = {(key, turn): f"{key} in turn {turn}" for key in ("k1", "k2", "k3") for turn in range(2)}
+    for name, turn in (("a", 0), ("b", 1)):
+        with Journal(tmp_path, name) as journal:
+            journal.introduce(IDENTITY.digest, {"precision": "fp32"})
+            for key in ("k1", "k2", "k3"):
+                journal.append([(key, {"text": said[key, turn]})], MADE, IDENTITY.digest, {key: turn})
+    whole = {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in "ab"}
+    rng = random.Random(0)
+    for number in range(300):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, data in whole.items():
+            (folder / f"{name}.jsonl").write_bytes(damage(data, rng))
+        files = {name: (folder / f"{name}.jsonl").read_bytes() for name in "ab"}
+        with Journal(folder, "a") as journal:
+            for key in ("k1", "k2", "k3"):
+                kept = [turn for name, turn in (("a", 0), ("b", 1)) if line_of(whole[name], key) in lines(files[name])]
+                wanted = {"text": said[key, max(kept)]} if kept else None
+                assert journal.get(key) == wanted, (number, files)
+            damaged = sum(line not in lines(whole[name]) for name in "ab" for line in lines(files[name]))
+            torn = bool(files["a"].rpartition(b"\n")[2])
+            assert len(journal.problems) == damaged + torn
+            assert all(f"{folder}/" in problem for problem in journal.problems)
+
+
+def lines(data):
+    return [line for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def line_of(data, key):
+    return next(line for line in lines(data) if f'"{key}"'.encode() in line)
+
+
+def damage(data, rng):
+    place = rng.randrange(len(data))
+    kind = rng.choice(["none", "cut", "bit", "gone", "twice"])
+    if kind == "cut":
+        return data[:place]
+    if kind == "bit":
+        return data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :]
+    if kind == "gone":
+        return data[:place] + data[place + rng.randrange(1, 40) :]
+    return data if kind == "none" else data[: place + 1] + data[place:]

@@ -6,21 +6,24 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from molmo_model.config import EvalPrecision
+from molmo_model.config import EvalPrecision, to_dict
 from molmo_model.data.shard_reader import ShardReader
-from molmo_model.errors import ArtifactError, CheckpointError
+from molmo_model.errors import ArtifactError, CheckpointError, ConfigError
 from molmo_model.eval import predictions, tasks
 from molmo_model.eval.answering import Question
 from molmo_model.eval.inference import Predictor, batches
+from molmo_model.eval.journal import read_lines
+from molmo_model.eval.ranks import Job
 from molmo_model.preprocessing.preprocessor_config import CONFIG_FILE, PreprocessorConfig
-from pipelines import predict
-from pipelines.stage import run
+from pipelines import journal, predict, predict_rank, score
+from pipelines.stage import main, run, run_all
 from tests.eval.synthetic import tiny_params as params
 
 CHECKPOINT = "base/step-000000"
@@ -107,11 +110,11 @@ def test_a_killed_run_goes_on_where_it_was(project, asked):
 def test_a_torn_journal_is_repaired_and_reported(project, asked, capsys):
     whole = run(predict.STAGE, params(), **CELL)
     forget(project)
-    (journal,) = (project / ".state/predict/journal").rglob("*.jsonl")
-    journal.write_bytes(journal.read_bytes()[:-5])
+    (path,) = (project / ".state/predict/journal").rglob("*.jsonl")
+    path.write_bytes(path.read_bytes()[:-5])
     assert run(predict.STAGE, params(), **CELL) == whole
     assert asked == [3, 3, 2, 1]
-    assert f"{journal.relative_to(project)}:8: torn last line" in capsys.readouterr().out
+    assert f"{path.relative_to(project)}:9: torn last line" in capsys.readouterr().out
 
 
 def test_answers_do_not_depend_on_the_batch(project, asked):
@@ -248,3 +251,192 @@ def test_another_model_that_chooses_frames_asks_again(project, asked, monkeypatc
     forget(project)
     run(predict.STAGE, params(), **CELL)
     assert len(asked) == 6
+
+
+def written():
+    """Answers in all files of the journal, with those that a later one has replaced."""
+    files = Path(".state/predict/journal").rglob("*.jsonl")
+    return [line.entry for path in files for line in read_lines(path) if line.entry is not None]
+
+
+class InThisProcess:
+    """Ranks without processes: each job takes the way through its file."""
+
+    def run(self, jobs, poll):
+        for number, job in enumerate(jobs):
+            job.write(Path(f"job-{number}.json"))
+            assert Job.read(Path(f"job-{number}.json")) == job
+            predict_rank.work(Job.read(Path(f"job-{number}.json")))
+            poll()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_questions_and_the_artefact_is_the_same(ranks, project, asked, monkeypatch):
+    whole = run(predict.STAGE, params(), **CELL)
+    forget(project, journal=True)
+    del asked[:]
+    monkeypatch.setattr(predict, "_processes", lambda count, gpus: InThisProcess())
+    settings = params()
+    settings.runtime.eval_ranks = ranks
+    assert run(predict.STAGE, settings, **CELL) == whole
+    assert sum(asked) == len(written()) == 8
+    files = {path.stem: len(list(read_lines(path))) for path in Path(".state/predict/journal").rglob("*.rank-*.jsonl")}
+    assert files.keys() == {f"scene_count.rank-{rank}" for rank in range(ranks)}
+    assert all(files.values())
+    assert {entry.made["ranks"] for entry in written()} == {ranks}
+
+
+def test_parts_fill_the_journal_and_a_plain_run_finds_all(project, asked):
+    whole = run(predict.STAGE, params(), **CELL)
+    forget(project, journal=True)
+    write_params()
+    del asked[:]
+    for part in ("2/2", "1/2"):
+        predict.fill_part([f"part={part}", "task=scene_count"])
+        assert not predict.STAGE.target(CELL).exists()
+    assert sum(asked) == 8
+    assert run(predict.STAGE, params(), **CELL) == whole
+    assert sum(asked) == 8
+    predict.fill_part(["part=1/2", "task=scene_count"])  # once more: nothing is left
+    assert sum(asked) == 8
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/", "a/b", "-1/2", ""])
+def test_no_part_is_refused(text):
+    with pytest.raises(ConfigError, match="is no part"):
+        predict.read_part(text)
+
+
+def test_overwriting_asks_again_and_keeps_the_history(project, asked):
+    first = run(predict.STAGE, params(), **CELL)
+    ((_, again),) = run_all(predict.STAGE, params(), CELL, overwrite=True)
+    assert again == first
+    assert sum(asked) == 16
+    assert sorted(entry.turn for entry in written()) == [0] * 8 + [1] * 8
+    assert run(predict.STAGE, params(), **CELL) == first
+    assert sum(asked) == 16
+
+
+def test_the_newer_answer_counts_in_every_later_run(project, asked, monkeypatch):
+    run(predict.STAGE, params(), **CELL)
+    answer = Predictor.answer
+    monkeypatch.setattr(Predictor, "answer", lambda *of: [dataclasses.replace(one, text="new") for one in answer(*of)])
+    run_all(predict.STAGE, params(), CELL, overwrite=True)
+    assert {row["prediction"] for row in rows()} == {"new"}
+    forget(project)
+    run(predict.STAGE, params(), **CELL)
+    assert {row["prediction"] for row in rows()} == {"new"}
+    assert sum(asked) == 16
+
+
+def test_an_overwrite_that_was_interrupted_goes_on(project, asked):
+    run(predict.STAGE, params(), **CELL)
+    asked.stop_after = 4  # after the first batch of three
+    with pytest.raises(KeyboardInterrupt):
+        run_all(predict.STAGE, params(), CELL, overwrite=True)
+    asked.stop_after = None
+    run_all(predict.STAGE, params(), CELL, overwrite=True)  # the same command, which does not begin anew
+    assert asked == [3, 3, 2, 3, 3, 2]
+    asked.stop_after = 6
+    with pytest.raises(KeyboardInterrupt):
+        run_all(predict.STAGE, params(), CELL, overwrite=True)
+    asked.stop_after = None
+    run(predict.STAGE, params(), **CELL)  # nor does a plain run forget it
+    assert asked == [3, 3, 2] * 3
+    assert sorted(entry.turn for entry in written()) == [0] * 8 + [1] * 8 + [2] * 8
+
+
+@pytest.mark.parametrize("words", [["overwrite=true"], ["--overwrite"], ["overwrite=false"], []])
+def test_the_command_line_overwrites_on_request(words, project, asked):
+    run(predict.STAGE, params(), **CELL)
+    write_params()
+    main(predict.STAGE, ["task=scene_count", *words])
+    assert sum(asked) == (16 if words and "false" not in words[0] else 8)
+
+
+@pytest.mark.parametrize("words", [["overwrite=yes"], ["overwrite=true", "--overwrite"], ["overwrite="]])
+def test_half_a_request_is_refused(words, project, capsys):
+    write_params()
+    with pytest.raises(SystemExit):
+        main(predict.STAGE, ["task=scene_count", *words])
+    assert "overwrite" in capsys.readouterr().err
+
+
+def test_the_journal_knows_what_the_params_need(project):
+    run(predict.STAGE, params(), **CELL)
+    keys, unknown = journal.needed(params())
+    assert {entry.key for entry in written()} < keys
+    assert not unknown
+    shutil.rmtree("artifacts/checkpoints")
+    assert journal.needed(params()) == (set(), {(CHECKPOINT, task) for task in params().tasks})
+
+
+def test_scoring_anew_asks_nothing(project, asked, monkeypatch):
+    run(predict.STAGE, params(), **CELL)
+    first = run(score.STAGE, params(), **CELL)
+    built = []
+    stage = dataclasses.replace(score.STAGE, build=lambda build: built.append(build) or score.STAGE.build(build))
+    assert run_all(stage, params(), CELL) == [(CELL, first)]
+    assert not built
+    assert run_all(stage, params(), CELL, overwrite=True) == [(CELL, first)]
+    assert len(built) == 1
+    assert asked == [3, 3, 2]
+
+
+def test_predictions_do_not_depend_on_what_scores_them():
+    """An edit of a metric must not touch a single answer."""
+    from molmo_model.source_digest import source_closure
+
+    names = [path.as_posix() for path in source_closure("pipelines.predict")]
+    assert not [name for name in names if "eval/metrics" in name or "scoring" in name or "report" in name]
+
+
+def write_params():
+    Path("params.yaml").write_text(json.dumps(to_dict(params())))
+
+
+def command(*words):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    line = [sys.executable, "-m", "pipelines.predict", "checkpoint=base/step-000000", "task=scene_count", *words]
+    return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_killed_for_real_it_asks_only_what_is_missing(project, asked):
+    write_params()
+    slowly = ("runtime.eval_batch_size=1", "tasks.scene_count.max_new_tokens=200")
+    process = command(*slowly)
+    while process.poll() is None and len(written_so_far()) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = written_so_far()
+    assert 3 <= len(kept) < 8, process.stdout.read()
+    settings = params()
+    settings.runtime.eval_batch_size = 1
+    settings.tasks["scene_count"].max_new_tokens = 200
+    resumed = run(predict.STAGE, settings, **CELL)
+    assert sum(asked) == 8 - len(kept)
+    resumed_bytes = (predict.STAGE.target(CELL) / predictions.FILE).read_bytes()
+    forget(project, journal=True)
+    assert run(predict.STAGE, settings, **CELL) == resumed
+    assert (predict.STAGE.target(CELL) / predictions.FILE).read_bytes() == resumed_bytes
+
+
+def written_so_far():
+    """Keys of whole lines; a line in the middle of being written is none."""
+    return {entry.key for entry in written()}
+
+
+@pytest.mark.slow
+def test_processes_of_their_own_give_the_same_artefact(project):
+    write_params()
+    process = command("runtime.eval_ranks=2")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    ranked = (predict.STAGE.target(CELL) / predictions.FILE).read_bytes()
+    assert {entry.made["ranks"] for entry in written()} == {2}
+    assert len(list(Path(".state/predict/journal").rglob("*.rank-*.jsonl"))) == 2
+    forget(project, journal=True)
+    run(predict.STAGE, params(), **CELL)
+    assert (predict.STAGE.target(CELL) / predictions.FILE).read_bytes() == ranked

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from molmo_model.artifacts import read_manifest, verify, write_manifest
+from molmo_model.config import TaskKind
+from molmo_model.data.schemas import check_table
 from molmo_model.errors import ConfigError, EvaluationError
 from molmo_model.eval import predictions
 from molmo_model.eval.metrics import METRICS
@@ -36,10 +38,18 @@ def test_metrics_agree_with_the_scores_and_name_their_predictions(evaluated):
             assert document["predictions"] == read_manifest(source).digest
             assert document["primary"] == METRICS[config["metric"]].primary
             assert [row["id"] for row in rows] == [row["id"] for row in scores]
+            assert document["outputs"].keys() == document["metrics"].keys()
             for name, value in document["metrics"].items():
-                assert value["n"] == len(rows)
-                assert value["mean"] == pytest.approx(sum(row["scores"][name] for row in scores) / len(rows), abs=1e-5)
-                assert 0 <= value["low"] <= value["mean"] <= value["high"] <= 1
+                assert (
+                    0 <= value["low"] <= value["mean"] <= value["high"] <= (document["outputs"][name]["upper"] or 1e9)
+                )
+                if name in METRICS[config["metric"]].macro:
+                    continue
+                have = [row["scores"][name] for row in scores if name in row["scores"]]
+                assert value["n"] == len(have)
+                assert value["mean"] == pytest.approx(sum(have) / len(have), abs=1e-5)
+            for one in document["slices"]:
+                assert 0 < one["metrics"][document["primary"]]["n"] <= one["n"] < len(rows)
 
 
 def test_better_answers_score_higher_and_beat_the_majority(evaluated):
@@ -110,6 +120,65 @@ def test_broken_predictions_are_refused_by_line_and_field(workspace, settings, c
     write_manifest(folder, schema=predictions.SCHEMA, version=1, summary={}, **made_from)
     with pytest.raises(EvaluationError, match=message):
         run(score.STAGE, settings, **CELL)
+
+
+def test_the_judge_counts_only_where_a_metric_asks_one():
+    settings = synthetic.params()
+    assert score.STAGE.more_params(settings, CELL) == ()
+    settings.tasks[CELL["task"]].also = ["judged_answer"]
+    assert score.STAGE.more_params(settings, CELL) == ("eval.judge", "eval.judge_model")
+
+
+def test_a_task_that_nobody_judged_has_no_number_and_says_so(workspace):
+    workspace()
+    settings = synthetic.params()
+    settings.tasks["scene_qa"].metric, settings.tasks["scene_qa"].also = "judged_answer", ["exact_match"]
+    cell = {"checkpoint": "sft/step-000300", "task": "scene_qa"}
+    summary = run(score.STAGE, settings, **cell).summary
+    assert (summary["mean"], summary["baseline"]) == (None, None)
+    assert summary["judgements missing"] == summary["judgements asked"] > 0
+    folder = score.STAGE.target(cell)
+    document = load(folder / "metrics.json")
+    assert document["judged"]["judge"] == "offline"
+    assert list(document["metrics"]) == ["exact_match.exact_match"]
+    assert document["baseline"] is None
+    _keeps_contracts(folder)
+    assert run(scorecard.STAGE, settings, checkpoint="sft/step-000300").summary["scene_qa"] is None
+    settings.tasks["scene_qa"].also = ["judged_answer"]
+    with pytest.raises(ConfigError, match="judged_answer stands twice in metric and also"):
+        run(score.STAGE, settings, **cell)
+
+
+def test_a_measured_loss_is_scored_sliced_and_keeps_the_contracts(workspace):
+    folder = workspace() / "artifacts" / "predictions" / CELL["checkpoint"] / CELL["task"]
+    rows = predictions.read_jsonl(folder / predictions.FILE)
+    measured = [{"nll": 2.0 * (number + 1), "tokens": number + 2, "right": 1} for number in range(len(rows))]
+    (folder / predictions.FILE).unlink()
+    both = zip(rows, measured, strict=True)
+    predictions.write_jsonl(
+        folder / predictions.FILE, [{**row, "prediction": "", "measured": one, "tokens": 0} for row, one in both]
+    )
+    made_from = {"params": {}, "inputs": read_manifest(folder).inputs, "code": "c"}
+    write_manifest(folder, schema=predictions.SCHEMA, version=1, summary={}, **made_from)
+    settings = synthetic.params()
+    settings.tasks[CELL["task"]].metric, settings.tasks[CELL["task"]].kind = "loss", TaskKind.loss
+    assert run(score.STAGE, settings, **CELL).summary["baseline"] is None
+    document = load(score.STAGE.target(CELL) / "metrics.json")
+    tokens = sum(one["tokens"] for one in measured)
+    loss = document["metrics"]["loss"]
+    assert loss["mean"] == pytest.approx(sum(one["nll"] for one in measured) / tokens, abs=1e-6)
+    assert document["outputs"]["perplexity"]["upper"] is None
+    assert loss["high"] > 1.0
+    _keeps_contracts(score.STAGE.target(CELL))
+    scores = predictions.read_jsonl(score.STAGE.target(CELL) / predictions.SCORES_FILE)
+    assert [row["weight"] for row in scores] == [float(one["tokens"]) for one in measured]
+
+
+def _keeps_contracts(folder):
+    """Those that Dagster's checks hold scores and metrics to."""
+    scores, document = predictions.read_jsonl(folder / "scores.jsonl"), load(folder / "metrics.json")
+    check_table(scores, "scores")
+    check_table([{"metric": name, **value} for name, value in document["metrics"].items()], "metrics")
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path):

@@ -87,12 +87,17 @@ FAMILIES: dict[str, Family] = {
     "egoschema": video_benchmarks.EGOSCHEMA,
     "next_qa": video_benchmarks.NEXT_QA,
     "long_video_bench": video_benchmarks.LONG_VIDEO_BENCH,
+    "mlvu_mc": video_benchmarks.MLVU_MC,
+    "temp_compass": video_benchmarks.TEMP_COMPASS,
     "android_control": android_control.ANDROID_CONTROL,
     "math_vista": image_benchmarks.MATH_VISTA,
     "mmmu": image_benchmarks.MMMU,
     "real_world_qa": image_benchmarks.REAL_WORLD_QA,
     "count_bench": image_benchmarks.COUNT_BENCH,
     "muir_bench": image_benchmarks.MUIR_BENCH,
+    "mmiu": image_benchmarks.MMIU,
+    "blink": image_benchmarks.BLINK,
+    "clock_bench": image_benchmarks.CLOCK_BENCH,
 }
 
 

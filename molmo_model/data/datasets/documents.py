@@ -12,7 +12,7 @@ from typing import Any
 from molmo_model.data.datasets.family import Family
 from molmo_model.data.datasets.published import Files, Published, family
 from molmo_model.data.datasets.row_fields import text
-from molmo_model.data.datasets.vqa import answered
+from molmo_model.data.datasets.vqa import PRIVATE_SPLITS, EvalOptions, answered
 from molmo_model.data.example import Example
 
 Fields = dict[str, Any]
@@ -25,7 +25,7 @@ def _reader(
 
     def convert(fields: Fields, files: Files, options: Any) -> Example:
         name = text({id_field: str(fields[id_field])} if id_field in fields else {}, id_field)
-        talk = answered(style, fields | {"question_id": name}, ("question_id", *facts))
+        talk = answered(style, fields | {"question_id": name}, ("question_id", *facts), private=PRIVATE_SPLITS)
         return Example(name, (files.image(fields.get(image_field), image_field),), (talk,))
 
     return convert
@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family] = {
             revision="main",  # its older commits are halves of an upload
             licence="not stated on the card",
             card="https://huggingface.co/datasets/HuggingFaceM4/DocumentVQA",
-            splits={"train": "train", "eval": "validation"},  # test has no answers
+            splits={"train": "train", "eval": "validation"},
         ),
         _reader(
             "doc_qa",
@@ -46,6 +46,7 @@ FAMILIES: dict[str, Family] = {
             "image",
             ("question_types", "docId", "ucsf_document_id", "ucsf_document_page_no"),
         ),
+        options=EvalOptions,
     ),
     "info_qa": family(
         Published(
@@ -57,6 +58,7 @@ FAMILIES: dict[str, Family] = {
             subset="InfographicVQA",
         ),
         _reader("info_qa", "questionId", "image", ("answer_type", "operation/reasoning", "image_url")),
+        options=EvalOptions,
     ),
     "st_qa": family(
         Published(

@@ -1,4 +1,5 @@
-"""Benchmarks of questions about pictures, for evaluation alone: MathVista, MMMU, RealWorldQA, CountBenchQA, MuirBench.
+"""Benchmarks of questions about pictures, for evaluation alone: MathVista, MMMU, RealWorldQA, CountBenchQA, MuirBench,
+MMIU, BLINK, ClockBench.
 
 Everything that scoring may want is in a conversation's metadata. Columns as the cards and Molmo2's reference readers
 (`olmo/data/academic_image_datasets.py`, `academic_multi_image_datasets.py`) describe them; they stand at each set.
@@ -8,11 +9,13 @@ Styles are the reference's.
 import ast
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from molmo_model.data.datasets.pixmo_synthetic import TIME_QUESTION
 from molmo_model.data.datasets.published import ROW_KEY, Files, Published, RowError, family
 from molmo_model.data.datasets.row_fields import (
+    LETTERS,
     ask,
     check_choice,
     choose,
@@ -224,4 +227,131 @@ MUIR_BENCH = family(
         splits={"eval": "test"},
     ),
     convert_muir_bench,
+)
+
+
+# --- MMIU: {task, visual_input_component, source, question, options (lines `A: ...`), context, input_image_path [path],
+# output (a letter)}
+
+OPTION_LINE = re.compile(r"^([A-Z]):\s?(.+)$", re.MULTILINE)
+
+
+def convert_mmiu(fields: dict[str, Any], files: Files, options: Any) -> Example:
+    """One question about several pictures. A few rows name a letter that they do not offer: bad rows."""
+    found = OPTION_LINE.findall(text(fields, "options"))
+    if [letter for letter, _ in found] != list(LETTERS[: len(found)]):
+        raise RowError("options", f"have the letters {[letter for letter, _ in found]}; they must go from A on")
+    choices = [text_of(choice, "options") for _, choice in found]
+    names = [name.removeprefix("./") for name in texts(fields, "input_image_path")]
+    if not names:
+        raise RowError("input_image_path", "is empty")
+    facts = facts_of(fields, "task", "source", "visual_input_component") | {"relationship": names[0].split("/")[0]}
+    index = letter_index(fields, "output", choices)
+    talk = choose("mantis_instruct_mc", text(fields, "question"), choices, index, facts)
+    pictures = tuple(files.image(name, f"input_image_path[{i}]") for i, name in enumerate(names))
+    return Example(str(fields[ROW_KEY]), pictures, (talk,))
+
+
+MMIU = family(
+    Published(
+        hub="FanqingM/MMIU-Benchmark",
+        revision="main",
+        licence="CC-BY-4.0",
+        card="https://huggingface.co/datasets/FanqingM/MMIU-Benchmark",
+        splits={"eval": "test"},
+        by_hand=(
+            "copy the repository and unpack its seven archives of pictures there, so that what the column "
+            "input_image_path names, such as `./High-level-obj-semantic/...`, lies below the copy."
+        ),
+    ),
+    convert_mmiu,
+)
+
+
+# --- BLINK, 14 tasks: {idx, sub_task, question, prompt (question and choices), image_1 ... image_4, choices [text],
+# answer `(A)`}
+
+BLINK_TASKS = (
+    *("Art_Style", "Counting", "Forensic_Detection", "Functional_Correspondence", "IQ_Test", "Jigsaw"),
+    *("Multi-view_Reasoning", "Object_Localization", "Relative_Depth", "Relative_Reflectance"),
+    *("Semantic_Correspondence", "Spatial_Relation", "Visual_Correspondence", "Visual_Similarity"),
+)
+MAX_BLINK_IMAGES = 4
+
+
+@dataclass
+class BlinkOptions:
+    """Which tasks are read."""
+
+    subsets: list[str] = field(default_factory=list)
+    """Tasks, such as `Counting`; empty is all 14."""
+
+
+def convert_blink(fields: dict[str, Any], files: Files, options: BlinkOptions) -> Example:
+    """One question about one picture or several; its prompt has the choices, as published."""
+    choices = texts(fields, "choices")
+    index = letter_index(fields | {"answer": text(fields, "answer").strip("()")}, "answer", choices)
+    names = [f"image_{i}" for i in range(1, MAX_BLINK_IMAGES + 1) if f"image_{i}" in fields]
+    style = "mantis_instruct_mc" if len(names) > 1 else "eval_multiple_choice"
+    facts = {"options": choices, "answer_index": index, "answer": choices[index]}
+    talk = ask(style, text(fields, "prompt"), LETTERS[index], facts | facts_of(fields, "sub_task", "question"))
+    return Example(text(fields, "idx"), tuple(files.image(fields[name], name) for name in names), (talk,))
+
+
+BLINK = family(
+    Published(
+        hub="BLINK-Benchmark/BLINK",
+        revision="main",
+        licence="Apache-2.0",
+        card="https://huggingface.co/datasets/BLINK-Benchmark/BLINK",
+        splits={"eval": "val"},  # the test split has no answers
+        subset=BLINK_TASKS,
+    ),
+    convert_blink,
+    options=BlinkOptions,
+)
+
+
+# --- ClockBench (Yang et al. 2022, arXiv:2111.09162), as Molmo's builder writes it: {image, cropped_image, hour,
+# minute, image_id}
+
+CLOCK_SPLITS = ("coco", "openimg", "movies")
+
+
+@dataclass
+class ClockOptions:
+    """Which photographs are read, and how much of them."""
+
+    eval_split: str = "coco"
+    """`coco`, `openimg` or `movies`."""
+    cropped: bool = False
+    """The clock alone, in place of the whole picture."""
+
+    def __post_init__(self) -> None:
+        check_choice("eval_split", self.eval_split, CLOCK_SPLITS)
+
+
+def convert_clock_bench(fields: dict[str, Any], files: Files, options: ClockOptions) -> Example:
+    """One photographed clock; 12 o'clock is hour 0, and no second is known."""
+    hour, minute = whole(fields, "hour") % 12, whole(fields, "minute")
+    time = {"hour": hour, "minute": minute, "second": -1, "image_id": text(fields, "image_id")}
+    answer = f"The time shown is {hour or 12}:{minute:02d}"
+    name = "cropped_image" if options.cropped else "image"
+    picture = files.image(fields.get(name), name)
+    return Example(str(fields[ROW_KEY]), (picture,), (ask("clocks", TIME_QUESTION, answer, time),))
+
+
+CLOCK_BENCH = family(
+    Published(
+        hub=None,
+        revision="main",
+        licence="not stated on the page",
+        card="https://github.com/charigyang/itsabouttime",
+        splits={"eval": "coco"},
+        by_hand="Run Molmo's dataset builder (github.com/allenai/molmo, olmo/hf_datasets/clock_bench.py) and write "
+        "each split with `to_parquet` as FOLDER/coco.parquet, openimg.parquet and movies.parquet.",
+        files={split: f"{split}*.parquet" for split in CLOCK_SPLITS},
+    ),
+    convert_clock_bench,
+    options=ClockOptions,
 )

@@ -19,8 +19,8 @@ from typing import Any
 
 from molmo_model.data.datasets.family import Family
 from molmo_model.data.datasets.published import ROW_KEY, SPLIT_KEY, Files, Published, RowError, family
-from molmo_model.data.datasets.row_fields import check_choice, choose, text, texts, whole
-from molmo_model.data.datasets.vqa import answered
+from molmo_model.data.datasets.row_fields import check_choice, choose, text, texts, unlabelled, whole
+from molmo_model.data.datasets.vqa import PRIVATE_SPLITS, EvalOptions, answered
 from molmo_model.data.example import Conversation, Example, Message
 
 Fields = dict[str, Any]
@@ -32,19 +32,11 @@ class BoxOptions:
 
     boxes: str = "both"
     """`transparent`, `opaque` or `both`."""
-
-    def __post_init__(self) -> None:
-        check_choice("boxes", self.boxes, ("both", "transparent", "opaque"))
-
-
-@dataclass
-class EvalOptions:
-    """Which published split is evaluated on."""
-
     eval_split: str = "validation"
     """`validation` or `test`."""
 
     def __post_init__(self) -> None:
+        check_choice("boxes", self.boxes, ("both", "transparent", "opaque"))
         check_choice("eval_split", self.eval_split, ("validation", "test"))
 
 
@@ -103,8 +95,11 @@ def _diagram(
 def _a_okvqa_mc(fields: Fields, files: Files, options: Any) -> Example:
     name, choices = text(fields, "question_id"), texts(fields, "choices")
     metadata = {"question_id": name}
-    question, answer = text(fields, "question"), whole(fields, "correct_choice_idx")
-    talk = choose("a_okvqa_mc", question, choices, answer, metadata, field="choices")
+    if fields.get(SPLIT_KEY) in PRIVATE_SPLITS:
+        talk = unlabelled("a_okvqa_mc", text(fields, "question"), metadata, choices, field="choices")
+    else:
+        question, answer = text(fields, "question"), whole(fields, "correct_choice_idx")
+        talk = choose("a_okvqa_mc", question, choices, answer, metadata, field="choices")
     return Example(name, (files.image(fields.get("image"), "image"),), (talk,))
 
 
@@ -112,9 +107,9 @@ def _a_okvqa_da(fields: Fields, files: Files, options: Any) -> Example | list[Ex
     """Direct answers; questions that are hard to answer without the choices are trained on and not evaluated."""
     if fields.get(SPLIT_KEY, "train") != "train" and _flag(fields, "difficult_direct_answer"):
         return []
-    name = text(fields, "question_id")
+    name, facts = text(fields, "question_id"), ("question_id", "difficult_direct_answer")
     answers = {"answers": _listed(fields, "direct_answers")}
-    talk = answered("a_okvqa_da", fields | answers, ("question_id", "difficult_direct_answer"))
+    talk = answered("a_okvqa_da", fields | answers, facts, private=PRIVATE_SPLITS)
     return Example(name, (files.image(fields.get("image"), "image"),), (talk,))
 
 
@@ -155,7 +150,7 @@ A_OKVQA = Published(
     revision="main",
     licence="not stated on the card",
     card="https://huggingface.co/datasets/HuggingFaceM4/A-OKVQA",
-    splits={"train": "train", "eval": "validation"},  # test has no answers
+    splits={"train": "train", "eval": "validation"},
 )
 
 FAMILIES: dict[str, Family] = {
@@ -183,8 +178,8 @@ FAMILIES: dict[str, Family] = {
         _ai2d_boxes,
         options=BoxOptions,
     ),
-    "a_okvqa_mc": family(A_OKVQA, _a_okvqa_mc),
-    "a_okvqa_da": family(A_OKVQA, _a_okvqa_da),
+    "a_okvqa_mc": family(A_OKVQA, _a_okvqa_mc, options=EvalOptions),
+    "a_okvqa_da": family(A_OKVQA, _a_okvqa_da, options=EvalOptions),
     "science_qa": family(
         Published(
             hub="derek-thomas/ScienceQA",

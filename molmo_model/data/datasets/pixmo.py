@@ -58,6 +58,8 @@ class CaptionOptions:
     mode: str = "transcript_and_caption"
     """`captions` (style `long_caption`), `transcript` (style `transcript`: one conversation, training draws one of the
     transcripts), `transcript_and_caption` (both) or `transcripts` (a conversation for each of them)."""
+    transcripts_as_facts: bool = False
+    """Captions have the transcripts in their metadata: what a judge compares dense captions with."""
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, CAPTION_MODES)
@@ -65,15 +67,16 @@ class CaptionOptions:
 
 def convert_captions(rows: Sequence[dict[str, Any]], files: Files, options: CaptionOptions) -> Example:
     """One picture with its captions and transcripts."""
-    talks = [talk for made in each(rows, lambda fields: _caption_talks(fields, options.mode)) for talk in made]
+    talks = [talk for made in each(rows, lambda fields: _caption_talks(fields, options)) for talk in made]
     picture, name, metadata = picture_of(rows, files)
     return Example(name, (picture,), tuple(talks), metadata)
 
 
-def _caption_talks(fields: dict[str, Any], mode: str) -> list[Conversation]:
-    talks = []
+def _caption_talks(fields: dict[str, Any], options: CaptionOptions) -> list[Conversation]:
+    talks, mode = [], options.mode
     if mode in ("captions", "transcript_and_caption"):
-        talks.append(ask("long_caption", None, text(fields, "caption")))
+        facts = {"transcripts": texts(fields, "transcripts")} if options.transcripts_as_facts else {}
+        talks.append(ask("long_caption", None, text(fields, "caption"), facts))
     if mode == "captions":
         return talks
     spoken = texts(fields, "transcripts")

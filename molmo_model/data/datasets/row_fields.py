@@ -10,7 +10,7 @@ from typing import Any
 
 from molmo_model.data.datasets.chat_rows import RowError
 from molmo_model.data.datasets.published_rows import SUBSET_KEY
-from molmo_model.data.example import MAX_OPTIONS, Conversation, Message, Point, is_number, plain_problem
+from molmo_model.data.example import MAX_OPTIONS, PRIVATE, Conversation, Message, Point, is_number, plain_problem
 from molmo_model.errors import ConfigError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -133,6 +133,21 @@ def hashed(value: str) -> str:
 def ask(style: str, question: str | None, answer: str, metadata: Mapping[str, Any] | None = None) -> Conversation:
     """A question and its answer; question None is drawn from the style's templates."""
     return Conversation(style, (Message("user", question), Message("assistant", answer)), metadata=dict(metadata or {}))
+
+
+def unlabelled(
+    style: str, question: str, metadata: Mapping[str, Any], options: Sequence[str] = (), field: str = "options"
+) -> Conversation:
+    """A question of a test set whose answers are not public: it can be asked, and answers sent to the test server.
+
+    Raises:
+        RowError: one choice alone, or more than there are letters.
+    """
+    if len(options) == 1 or len(options) > MAX_OPTIONS:
+        raise RowError(field, f"has {len(options)} choices; a question offers 2 to {MAX_OPTIONS}")
+    facts = {"options": list(options)} if options else {}
+    messages = (Message("user", question, options=tuple(options)), Message("assistant", LETTERS[0] if options else "?"))
+    return Conversation(style, messages, metadata=facts | dict(metadata) | {PRIVATE: True})
 
 
 def choose(

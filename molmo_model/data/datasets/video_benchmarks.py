@@ -13,6 +13,7 @@ from typing import Any
 from molmo_model.data.datasets.family import Family
 from molmo_model.data.datasets.published import ROW_KEY, Files, Published, RowError, each, family
 from molmo_model.data.datasets.row_fields import (
+    ask,
     choose,
     facts_of,
     index_of,
@@ -256,4 +257,91 @@ LONG_VIDEO_BENCH = _film_sets(
     ),
     _long_video_bench,
     lambda fields: f"videos/{text(fields, 'video_path')}",
+)
+
+
+# --- MLVU, its seven tasks with choices: MLVU/json/1_plotQA.json ... 7_topic_reasoning.json, lists of {video, duration,
+# question, candidates [text], answer, question_type}
+
+MLVU_FILMS = {
+    "plotQA": "1_plotQA",
+    "findNeedle": "2_needle",
+    "needle": "2_needle",
+    "ego": "3_ego",
+    "count": "4_count",
+    "order": "5_order",
+    "anomaly_reco": "6_anomaly_reco",
+    "topic_reasoning": "7_topic_reasoning",
+}
+"""Folder of the films of each `question_type`."""
+
+
+def _mlvu(fields: dict[str, Any]) -> Conversation:
+    choices = texts(fields, "candidates")
+    facts = {"task_type": text(fields, "question_type")} | facts_of(fields, "duration")
+    index = index_of(text(fields, "answer"), choices)
+    return choose(STYLE, text(fields, "question"), choices, index, facts, field="candidates")
+
+
+def _mlvu_film(fields: dict[str, Any]) -> str:
+    kind = text(fields, "question_type")
+    if kind not in MLVU_FILMS:
+        raise RowError("question_type", f"is {kind!r}; known: {', '.join(MLVU_FILMS)}")
+    return f"MLVU/video/{MLVU_FILMS[kind]}/{text(fields, 'video')}"
+
+
+MLVU_MC = _film_sets(
+    Published(
+        hub="MLVU/MVLU",
+        revision="main",
+        licence="CC-BY-NC-SA-4.0",
+        card="https://huggingface.co/datasets/MLVU/MVLU",
+        splits={"eval": "validation"},
+        by_hand=(
+            "accept the terms on the hub and copy the repository, which holds MLVU/json and MLVU/video; questions are "
+            "those of the files 1 to 7."
+        ),
+        files={"validation": "MLVU/json/[1-7]_*.json"},
+    ),
+    _mlvu,
+    _mlvu_film,
+)
+
+
+# --- TempCompass: <task>/test-*.parquet, {video_id, question (with its choices), answer, dim}
+
+TEMP_COMPASS_TASKS = ("multi-choice", "yes_no", "caption_matching")
+"""Those whose answers are compared by rules; the fourth, captioning, needs a judge for every answer."""
+
+
+@dataclass
+class TempCompassOptions:
+    """Which tasks are read."""
+
+    subsets: list[str] = field(default_factory=list)
+    """Of `TEMP_COMPASS_TASKS`; empty is all three."""
+
+
+def convert_temp_compass(fields: dict[str, Any], files: Files, options: TempCompassOptions) -> Example:
+    """One question about a film; the answer is the choice with its mark, `A. up` or `Caption A: ...`, or yes or no."""
+    task, question, answer = subset_of(fields, options.subsets), text(fields, "question"), text(fields, "answer")
+    style = "video_eval_short_answer" if task == "yes_no" else STYLE
+    facts = {"task": task, "question": question, "answer": answer, "answers": [answer]}
+    talk = ask(style, question, answer, facts | facts_of(fields, "dim", "video_id"))
+    film = files.video(f"videos/{text(fields, 'video_id')}.mp4", "video_id")
+    return Example(str(fields[ROW_KEY]), (), (talk,), videos=(film,))
+
+
+TEMP_COMPASS = family(
+    Published(
+        hub="lmms-lab/TempCompass",
+        revision="main",
+        licence="not stated on the card",
+        card="https://huggingface.co/datasets/lmms-lab/TempCompass",
+        splits={"eval": "test"},
+        subset=TEMP_COMPASS_TASKS,
+        by_hand="copy the repository and unpack its `tempcompass_videos.zip` there: films are `videos/<video_id>.mp4`.",
+    ),
+    convert_temp_compass,
+    options=TempCompassOptions,
 )

@@ -1,4 +1,4 @@
-"""Short answers to questions about photographs: VQAv2, OK-VQA, TextVQA, TallyQA.
+"""Short answers to questions about photographs: VQAv2, OK-VQA, TextVQA, TallyQA, GQA.
 
 All questions about one picture become one message tree, as Molmo trains on VQAv2, OK-VQA and TallyQA; with the option
 `flat` every question is an example of its own. TextVQA is always flat, as in Molmo.
@@ -16,8 +16,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from molmo_model.data.datasets.published import ROW_KEY, SPLIT_KEY, Family, Files, Published, RowError, family
-from molmo_model.data.datasets.row_fields import text, whole
+from molmo_model.data.datasets.published import ROW_KEY, SPLIT_KEY, Family, Files, Published, RowError, each, family
+from molmo_model.data.datasets.row_fields import ask, check_choice, text, unlabelled, whole
 from molmo_model.data.example import Conversation, Example, Image, Message
 
 Fields = dict[str, Any]
@@ -67,8 +67,48 @@ def answers_of(fields: Fields, name: str = "answers") -> list[str]:
     return answers
 
 
-def answered(style: str, fields: Fields, facts: Sequence[str], question: str = "question") -> Conversation:
-    """The conversation of a row with a question and answers; `facts` are columns that go into the metadata."""
+@dataclass
+class EvalOptions:
+    """Which published split is evaluated on."""
+
+    eval_split: str = "validation"
+    """`validation`, or `test`, whose answers are not public unless the family's page says otherwise."""
+
+    def __post_init__(self) -> None:
+        check_choice("eval_split", self.eval_split, ("validation", "test"))
+
+
+@dataclass
+class VqaV2Options(Options):
+    """How questions become examples, and which of them are evaluated on."""
+
+    eval_split: str = "validation"
+    """`validation`, or `testdev` or `test`, whose answers are not public."""
+
+    def __post_init__(self) -> None:
+        check_choice("eval_split", self.eval_split, ("validation", "testdev", "test"))
+
+
+PRIVATE_SPLITS = ("test", "testdev")
+
+
+def answered(
+    style: str,
+    fields: Fields,
+    facts: Sequence[str],
+    question: str = "question",
+    private: Sequence[str] = (),
+) -> Conversation:
+    """The conversation of a row with a question and answers.
+
+    Args:
+        facts: columns that go into the metadata.
+        question: the column with the question.
+        private: published splits without answers; their rows can be asked, and not scored.
+    """
+    if fields.get(SPLIT_KEY) in private:
+        known = {name: fields[name] for name in facts if fields.get(name) is not None}
+        return unlabelled(style, text(fields, question), known)
     answers = answers_of(fields)
     metadata = {"answers": answers} | {name: fields[name] for name in facts if name in fields}
     return Conversation(style, (Message("user", text(fields, question)), voted(answers)), metadata=metadata)
@@ -132,7 +172,7 @@ def _coco(fields: Fields, files: Files) -> Image:
 
 
 def _vote(style: str, fields: Fields) -> Conversation:
-    return answered(style, fields, FACTS)
+    return answered(style, fields, FACTS, private=PRIVATE_SPLITS)
 
 
 def _count(style: str, fields: Fields) -> Conversation:
@@ -146,7 +186,7 @@ def _count(style: str, fields: Fields) -> Conversation:
 
 def _text_vqa(fields: Fields, files: Files, options: Any) -> Example:
     facts = ("question_id", "image_id", "image_classes", "ocr_tokens", "flickr_300k_url")
-    image, talk = files.image(fields.get("image"), "image"), answered("text_vqa", fields, facts)
+    image, talk = files.image(fields.get("image"), "image"), answered("text_vqa", fields, facts, private=PRIVATE_SPLITS)
     return Example(str(whole(fields, "question_id")), (image,), (talk,), {"image_id": text(fields, "image_id")})
 
 
@@ -155,6 +195,32 @@ COCO_2014 = (
     "train2014 and val2014 ({page}) into one folder, so that it holds the JSON files and the folders train2014 and "
     "val2014."
 )
+
+
+@dataclass
+class GqaOptions:
+    """Which balanced questions are asked."""
+
+    eval_split: str = "testdev"
+    """`testdev` or `val`."""
+
+    def __post_init__(self) -> None:
+        check_choice("eval_split", self.eval_split, ("testdev", "val"))
+
+
+def _gqa(rows: list[Fields], files: Files, options: Any) -> Example:
+    """All questions about one picture, asked as for VQAv2; the file names each question by its id."""
+    image = text(rows[0], "imageId")
+    talks = each(rows, _gqa_talk)
+    return Example(image, (files.image(f"images/{image}.jpg", "imageId"),), tuple(talks), {"image_id": image})
+
+
+def _gqa_talk(fields: Fields) -> Conversation:
+    answer, types = text(fields, "answer"), fields.get("types")
+    kinds = {name: types[name] for name in ("structural", "semantic", "detailed") if name in types} if types else {}
+    facts = {"answers": [answer], "question_id": fields[ROW_KEY], **kinds}
+    return ask("eval_short_answer", text(fields, "question"), answer, facts)
+
 
 FAMILIES: dict[str, Family] = {
     "vqa_v2": family(
@@ -166,7 +232,7 @@ FAMILIES: dict[str, Family] = {
             splits={"eval": "validation"},  # the hub's copy has no training split with answers
         ),
         trees("vqa2", _inside, _vote),
-        options=Options,
+        options=VqaV2Options,
         group=by_picture,
     ),
     "vqa_v2_coco": family(
@@ -219,6 +285,7 @@ FAMILIES: dict[str, Family] = {
             splits={"train": "train", "eval": "validation"},
         ),
         _text_vqa,
+        options=EvalOptions,
     ),
     "tally_qa": family(
         Published(
@@ -235,5 +302,20 @@ FAMILIES: dict[str, Family] = {
         trees("tally_qa", _inside, _count),
         options=Options,
         group=by_picture,
+    ),
+    "gqa": family(
+        Published(
+            hub=None,
+            revision="1.2",
+            licence="CC-BY-4.0",
+            card="https://cs.stanford.edu/people/dorarad/gqa/download.html",
+            splits={"eval": "testdev"},  # the test set has no answers
+            by_hand="Unpack questions1.2.zip and images.zip into one folder, so that it holds "
+            "testdev_balanced_questions.json, val_balanced_questions.json and the folder images.",
+            files={split: f"{split}_balanced_questions.json" for split in ("testdev", "val")},
+        ),
+        _gqa,
+        options=GqaOptions,
+        group=lambda fields: text(fields, "imageId"),
     ),
 }

@@ -64,5 +64,6 @@ METRICS: dict[str, Metric] = {
             "cells": Output("fraction of all cells that the caption has right"),
             "exact": Output("1 if the whole caption is right"),
         },
+        unparsed="Other rows and columns than the reference: the cells that are there are compared all the same.",
     ),
 }

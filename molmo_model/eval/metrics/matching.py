@@ -2,26 +2,35 @@
 
 The rule is that of Molmo's pointing evaluation (Deitke et al. 2024, arXiv:2409.17146; allenai/molmo,
 `olmo/eval/evaluators.py`): assign predictions to targets with the least sum of distances (Hungarian algorithm), then
-count a pair when the predicted point lies inside the target's region; an answer that is not exactly one tag of points
-scores 0. One thing is corrected: that code compares pixels with percent in the assignment, here both are pixels.
+count a pair when the predicted point lies inside the target's region: its mask (`metadata.masks`, see `masks`; the
+point is rounded to a pixel), its box (`metadata.boxes`, percent), or a circle (`metadata.radius`). An answer that is
+not exactly one tag of points scores 0. One thing is corrected: that code compares pixels with percent in the
+assignment, here both are pixels.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from molmo_model.errors import EvaluationError
+from molmo_model.eval.metrics.masks import contains
 from molmo_model.preprocessing.points import Point
 
 FALLBACK_RADIUS = 5.0
-"""Percent of the longer side around a target point that counts as hit, where the data give neither box nor radius."""
+"""Percent of the longer side around a target point that counts as hit, where the data give no mask, box or radius."""
 
 
 def score(predicted: Sequence[Point], references: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Precision, recall and F1 of predicted points in percent; without targets all are 1 iff nothing is predicted."""
+    """Precision, recall and F1 of predicted points in percent; without targets all are 1 iff nothing is predicted.
+
+    Raises:
+        EvaluationError: there are masks or boxes, but not one for each target.
+    """
     targets: Sequence[Point] = references["points"] or ()
     if not targets or not predicted:
         right = float(not targets and not predicted)
         return right, right, right
+    _require_regions(targets, references.get("metadata", {}))
     width, height = references["width"], references["height"]
     points = [(x / 100 * width, y / 100 * height) for x, y in predicted]
     goals = [(x / 100 * width, y / 100 * height) for x, y in targets]
@@ -32,13 +41,47 @@ def score(predicted: Sequence[Point], references: Mapping[str, Any]) -> tuple[fl
 
 
 def _inside(point: Point, goal: Point, number: int, references: Mapping[str, Any]) -> bool:
-    """Whether a point in pixels lies in the region of target `number`: its box, or a circle around it."""
+    """Whether a point in pixels lies in the region of target `number`: its mask, its box, or a circle around it."""
     width, height, metadata = references["width"], references["height"], references.get("metadata", {})
+    if masks := metadata.get("masks"):
+        rows, columns = masks[number]["size"]
+        return contains(masks[number], round(point[0] * (columns / width)), round(point[1] * (rows / height)))
     if boxes := metadata.get("boxes"):
         left, top, right, bottom = boxes[number]
         return left <= point[0] / width * 100 <= right and top <= point[1] / height * 100 <= bottom
     radius = metadata.get("radius", FALLBACK_RADIUS)
     return math.dist(point, goal) <= radius / 100 * max(width, height)
+
+
+def in_any_region(point: Point, references: Mapping[str, Any]) -> bool:
+    """Whether a point in percent lies in some target's mask, box or circle.
+
+    Raises:
+        EvaluationError: the references have no region at all.
+    """
+    metadata = references.get("metadata", {})
+    if masks := metadata.get("masks"):
+        return any(
+            contains(mask, int(point[0] / 100 * mask["size"][1]), int(point[1] / 100 * mask["size"][0]))
+            for mask in masks
+        )
+    if boxes := metadata.get("boxes"):
+        return any(box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3] for box in boxes)
+    width, height = references["width"], references["height"]
+    place = (point[0] / 100 * width, point[1] / 100 * height)
+    if not (targets := references.get("points")):
+        raise EvaluationError("the references have neither masks, boxes nor points; choose another metric")
+    goals = [(x / 100 * width, y / 100 * height) for x, y in targets]
+    return any(_inside(place, goal, number, references) for number, goal in enumerate(goals))
+
+
+def _require_regions(targets: Sequence[Point], metadata: Mapping[str, Any]) -> None:
+    for name in ("masks", "boxes"):
+        regions = metadata.get(name)
+        if regions is not None and len(regions) != len(targets):
+            raise EvaluationError(
+                f"metadata.{name} has {len(regions)} for {len(targets)} points; it must have one each"
+            )
 
 
 def assignment(costs: Sequence[Sequence[float]]) -> list[tuple[int, int]]:

@@ -3,18 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from molmo_model.errors import EvaluationError
 
 References = Mapping[str, Any]
-"""Of one item, as `eval.tasks.references` writes them: `answer`, `points`, `label`, `width`, `height`, the
-conversation's `metadata`, the example's `example_metadata`; for measured tasks also `measured`."""
+"""Of one item, as `eval.tasks.references` writes them: `question` (None where a template asks), `answer`, `points`,
+`label`, `width`, `height`, the conversation's `metadata`, the example's `example_metadata`; for measured tasks also
+`measured`."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """One item's scores by name."""
+class Score(NamedTuple):
+    """One item's scores by name. A tuple, because tens of thousands are made in a second."""
 
     values: dict[str, float]
     """A name that does not apply to the item (`relaxed_human` of a generated question) is left out: each number is a
@@ -36,12 +36,18 @@ class Output:
     lower_is_better: bool = False
     upper: float | None = 1.0
     """Largest value of an item's score; the smallest is 0. 1 is shown in percent; None is unbounded."""
+    neutral: bool = False
+    """True: it only describes the answers (how many words); more is neither better nor worse."""
 
 
 class Judge(Protocol):
     """A language model that is asked about answers; see `eval.judges`."""
 
     name: str
+    asked: int
+    """Prompts so far."""
+    missing: int
+    """Of them those without an answer."""
 
     def ask(self, prompts: Sequence[str]) -> list[str | None]:
         """Its answers, in order; None where there is none (offline and not in the cache)."""
@@ -68,12 +74,16 @@ class Metric:
     """Numbers that are the unweighted mean of the means of all numbers that match a pattern."""
     exponentials: Mapping[str, str] = field(default_factory=dict)
     """Numbers that are e to the power of another's mean (perplexity of loss)."""
+    functions: Mapping[str, Callable[[Mapping[str, float]], float]] = field(default_factory=dict)
+    """Numbers that are a smooth function of the means of others, by name: BLEU of a corpus, of the means of counts."""
     score_all: Callable[[Sequence[tuple[str, References]], Judge], list[Score]] | None = None
     """Scores all items of a task together, in place of `score`: what depends on the corpus (CIDEr) or asks a judge."""
     judged: bool = False
     """True: `score_all` asks the judge."""
     measured: bool = False
     """True: scores what the model computed on the reference answer (`tasks.<t>.kind: loss`), no text is generated."""
+    unparsed: str = ""
+    """What an answer scores that is not of the form asked for (`Score.parsed` false), for people; empty: all are."""
 
     def output(self, name: str) -> Output:
         """What a number is, by its name or by the pattern that it matches.

@@ -1,42 +1,26 @@
 """Short text answers: equal, nearly equal, as several people answered."""
 
 from molmo_model.eval.metrics import vqa
-from molmo_model.eval.metrics.answers import MOST_FREQUENT, answers_of, most_frequent, short_answer
+from molmo_model.eval.metrics.answers import (
+    MOST_FREQUENT,
+    answers_of,
+    edit_distance,
+    most_frequent,
+    short_answer,
+)
 from molmo_model.eval.metrics.metric import Metric, Output, References, Score
+
+EXACT = Output("1 if the short answer equals an accepted one, case and outer spaces aside")
 
 
 def exact_match(prediction: str, references: References) -> Score:
     """1 iff the short answer equals an accepted answer, case and outer white space aside."""
-    answer = short_answer(prediction).lower()
-    return Score({"exact_match": float(any(answer == accepted.strip().lower() for accepted in answers_of(references)))})
+    return Score({"exact_match": _exact(short_answer(prediction), answers_of(references))})
 
 
-def relaxed_accuracy(prediction: str, references: References) -> Score:
-    """Within 5% of a numeric target, equal to a textual one.
-
-    As published, `5%` is 0.05, commas are not removed, and a target of 0 is compared as text ("0" is not "0.0").
-    """
-    answer, accepted = short_answer(prediction), answers_of(references)
-    right = any(relaxed_equal(answer, target) for target in accepted)
-    exact = any(answer.lower() == target.lower() for target in accepted)
-    wants_number = all(_number(target) is not None for target in accepted)
-    parsed = not wants_number or _number(answer) is not None
-    return Score({"relaxed_accuracy": float(right), "exact_match": float(exact)}, parsed)
-
-
-def relaxed_equal(prediction: str, target: str, tolerance: float = 0.05) -> bool:
-    """Relaxed correctness of ChartQA for one target."""
-    wanted, said = _number(target), _number(prediction)
-    if said is not None and wanted:
-        return abs(said - wanted) / abs(wanted) <= tolerance
-    return prediction.lower() == target.lower()
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        return None
+def _exact(answer: str, accepted: list[str]) -> float:
+    answer = answer.lower()
+    return float(any(answer == target.strip().lower() for target in accepted))
 
 
 def vqa_accuracy(prediction: str, references: References) -> Score:
@@ -45,10 +29,17 @@ def vqa_accuracy(prediction: str, references: References) -> Score:
     return Score({"vqa_official": vqa.official(answer, accepted), "vqa_molmo": vqa.molmo(answer, accepted)})
 
 
+def a_okvqa(prediction: str, references: References) -> Score:
+    """A third for every annotator who gave this answer, case and outer spaces aside; at most 1."""
+    answer = short_answer(prediction).lower()
+    matches = sum(answer == accepted.strip().lower() for accepted in answers_of(references))
+    return Score({"a_okvqa": min(1.0, matches / 3)})
+
+
 def anls(prediction: str, references: References) -> Score:
     """Average normalised Levenshtein similarity: the best over accepted answers, 0 from half the letters wrong."""
-    answer = short_answer(prediction)
-    return Score({"anls": max(anls_of(answer, target) for target in answers_of(references))})
+    answer, accepted = short_answer(prediction), answers_of(references)
+    return Score({"anls": max(anls_of(answer, target) for target in accepted), "exact_match": _exact(answer, accepted)})
 
 
 def anls_of(prediction: str, target: str, threshold: float = 0.5) -> float:
@@ -57,20 +48,13 @@ def anls_of(prediction: str, target: str, threshold: float = 0.5) -> float:
     Two empty texts, undefined in the published code, give 1.
     """
     longest = max(len(prediction), len(target))
-    if not longest:
+    prediction, target = prediction.lower(), target.lower()
+    if prediction == target:
         return 1.0
-    distance = edit_distance(prediction.lower(), target.lower()) / longest
+    if abs(len(prediction) - len(target)) >= threshold * longest:  # no distance is less than that of the lengths
+        return 0.0
+    distance = edit_distance(prediction, target) / longest
     return 1.0 - distance if distance < threshold else 0.0
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: fewest insertions, deletions and substitutions."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, start=1):
-        corner, row[0] = row[0], i
-        for j, right in enumerate(b, start=1):
-            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (left != right))
-    return row[-1]
 
 
 METRICS: dict[str, Metric] = {
@@ -79,37 +63,41 @@ METRICS: dict[str, Metric] = {
         "exact_match",
         most_frequent,
         MOST_FREQUENT,
-        "Lower case and outer spaces aside, equal text.",
-        outputs={"exact_match": Output("1 if the short answer equals an accepted one, case and outer spaces aside")},
-    ),
-    "relaxed_accuracy": Metric(
-        relaxed_accuracy,
-        "relaxed_accuracy",
-        most_frequent,
-        MOST_FREQUENT,
-        "ChartQA (Masry et al. 2022, arXiv:2203.10244, section 5.1), with the parsing of google-research/pix2struct.",
-        outputs={
-            "relaxed_accuracy": Output("1 if within 5% of a numeric target, or equal to a textual one"),
-            "exact_match": Output("1 if equal to a target, case aside"),
-        },
+        "Equal text in lower case, as for GQA (Hudson and Manning 2019, arXiv:1902.09506) and TallyQA (Acharya et al. "
+        "2018, arXiv:1810.12440) in allenai/molmo (`em`).",
+        outputs={"exact_match": EXACT},
     ),
     "vqa_accuracy": Metric(
         vqa_accuracy,
         "vqa_official",
         most_frequent,
         MOST_FREQUENT,
-        "VQA (Antol et al. 2015, arXiv:1505.00468; GT-Vision-Lab/VQA); vqa_molmo is allenai/molmo's variant.",
+        "VQA (Antol et al. 2015, arXiv:1505.00468; GT-Vision-Lab/VQA), normalised only where annotators disagree; "
+        "`vqa_molmo` is allenai/molmo's variant (`vqa_score`), which leaves no annotator out and always normalises.",
         outputs={
             "vqa_official": Output("mean over annotators of min(1, matches among the other annotators / 3)"),
             "vqa_molmo": Output("min(1, matches among all annotators / 3)"),
         },
+    ),
+    "a_okvqa": Metric(
+        a_okvqa,
+        "a_okvqa",
+        most_frequent,
+        MOST_FREQUENT,
+        "A-OKVQA, direct answers (Schwenk et al. 2022, arXiv:2206.01718; allenai/aokvqa `eval_predictions.py`), in "
+        "lower case and without outer spaces as in allenai/molmo (`a_okvqa_score`).",
+        outputs={"a_okvqa": Output("min(1, annotators who gave this answer / 3)")},
     ),
     "anls": Metric(
         anls,
         "anls",
         most_frequent,
         MOST_FREQUENT,
-        "Biten et al. 2019, arXiv:1907.00490, equation 1, threshold 0.5.",
-        outputs={"anls": Output("1 - edit distance / length to the nearest accepted answer, 0 from half the letters")},
+        "DocVQA, InfoVQA and ST-VQA (Biten et al. 2019, arXiv:1907.00490, equation 1, threshold 0.5), in lower case as "
+        "the task page (rrc.cvc.uab.es) says; half the letters wrong is 0.",
+        outputs={
+            "anls": Output("1 - edit distance / length to the nearest accepted answer, 0 from half the letters"),
+            "exact_match": EXACT,
+        },
     ),
 }

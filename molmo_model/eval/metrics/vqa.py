@@ -6,6 +6,7 @@ arXiv:1505.00468; https://visualqa.org/evaluation.html), quirks included, becaus
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBER_WORDS = {
@@ -55,10 +56,13 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
+@lru_cache(1 << 16)
 def normalize(answer: str) -> str:
-    """An answer as the VQA evaluation compares it: punctuation, case, number words, articles, contractions."""
-    answer = answer.replace("\n", " ").replace("\t", " ").strip()
-    return _words(_punctuation(answer))
+    """An answer as the VQA evaluation compares it: punctuation, case, number words, articles, contractions.
+
+    Remembered, because ten annotators of a hundred thousand questions say the same few thousand words.
+    """
+    return _words(_punctuation(_plain(answer)))
 
 
 def official(prediction: str, answers: Sequence[str]) -> float:
@@ -68,11 +72,10 @@ def official(prediction: str, answers: Sequence[str]) -> float:
     """
     prediction, answers = _plain(prediction), [_plain(answer) for answer in answers]
     if len(set(answers)) > 1:
-        prediction = _words(_punctuation(prediction))
-        answers = [_words(_punctuation(answer)) for answer in answers]
-    matches = sum(answer == prediction for answer in answers)
-    scores = [min(1.0, (matches - (answer == prediction)) / 3) for answer in answers]
-    return sum(scores) / len(scores)
+        prediction, answers = normalize(prediction), [normalize(answer) for answer in answers]
+    matches, annotators = answers.count(prediction), len(answers)
+    among_others = matches * min(1.0, (matches - 1) / 3) + (annotators - matches) * min(1.0, matches / 3)
+    return among_others / annotators  # an annotator who said the same is no match of their own
 
 
 def molmo(prediction: str, answers: Sequence[str]) -> float:
