@@ -510,13 +510,22 @@ def _inputs(params: Any, key: Any) -> dict[str, str]:
     }
 
 
+ASKED_BY = (
+    *("dataset", "styles", "split", "kind", "max_examples", "max_new_tokens", "decoding"),
+    *("keep_image_tokens", "max_crops", "max_frames"),
+)
+"""Of a task, what decides its questions and their answers; metrics, slices, groups and gates are scoring's."""
+
 STAGE = Stage(
     name="predict",
     schema="molmo/predictions",
     version=1,
     keys=("checkpoint", "task"),
     out="artifacts/predictions/{checkpoint}/{task}",
-    params=("eval.precision", "eval.quantization", "eval.engine", "eval.served_model", "tasks.{task}"),
+    params=(
+        *("eval.precision", "eval.quantization", "eval.engine", "eval.served_model"),
+        *(f"tasks.{{task}}.{name}" for name in ASKED_BY),
+    ),
     build=build,
     partitions=lambda params: [
         {"checkpoint": checkpoint, "task": task} for checkpoint, task in product(params.eval.checkpoints, params.tasks)

@@ -43,12 +43,11 @@ def submit(params: "Params", checkpoint: str, task: str, incomplete: bool = Fals
     row = _row(params, task)
     folder = Path("artifacts/predictions") / checkpoint / task
     manifest = verify(folder, predictions.SCHEMA)
-    made = manifest.params.get(f"tasks.{task}", {})
-    for name in ("benchmark", "dataset", "max_examples"):
-        if made.get(name) != getattr(settings, name):
+    for name in ("dataset", "max_examples"):
+        made = manifest.params.get(f"tasks.{task}.{name}")
+        if made != getattr(settings, name):
             raise EvaluationError(
-                f"{folder} was made with {name} {made.get(name)!r}, the params say {getattr(settings, name)!r}; "
-                "predict again"
+                f"{folder} was made with {name} {made!r}, the params say {getattr(settings, name)!r}; predict again"
             )
     wanted = None if incomplete else submissions.QUESTIONS.get(str(settings.benchmark))
     if settings.max_examples is not None and not incomplete:

@@ -132,8 +132,11 @@ def test_answers_do_not_depend_on_the_batch(project, asked):
 def test_what_cannot_change_an_answer_asks_nothing_again(project, asked, tmp_path, monkeypatch):
     run(predict.STAGE, params(), **CELL)
     settings = params()
-    settings.tasks["scene_count"].metric = "exact_match"  # part of the stage's params, not of any answer
+    settings.tasks["scene_count"].metric = "exact_match"  # scoring's
+    settings.tasks["scene_count"].gate.minimum = 0.5
     settings.runtime.eval_batch_size = 1
+    assert run(predict.STAGE, settings, **CELL).params == run(predict.STAGE, params(), **CELL).params
+    settings.tasks["scene_count"].max_examples = 8  # all there are: part of the stage's params, not of any answer
     assert run(predict.STAGE, settings, **CELL).params != run(predict.STAGE, params(), **CELL).params
     shutil.move(project, tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path / "elsewhere")
