@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 OPTIONS = ("a", "b", "tasks", "number", "examples", "out")
 LONGEST_TEXT = 160
 """Characters of a prompt or an answer on the terminal."""
+LABEL = 18
+"""Characters in front of an answer on the terminal."""
 
 
 def predicted(checkpoint: str, task: str, digest: str) -> list[dict[str, Any]]:
@@ -101,7 +103,7 @@ def compared(a: str, b: str, tasks: Sequence[str] = (), number: str | None = Non
             for document, answers, scored in zip(documents, said, scores, strict=True)
         )
         pairs[task] = first, second
-        rows.append(_row(compare(first, second, confidence), documents, said))
+        rows.append(_row(compare(first, second, confidence), documents, said, scores))
     for row, p_value in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
         row["holm_p_value"] = p_value
     return {
@@ -119,14 +121,23 @@ def _has(metrics: Mapping[str, Any] | None, number: str | None) -> bool:
     return metrics is not None and (number or metrics["primary"]) in metrics["metrics"]
 
 
-def _row(found: "Comparison", documents: Sequence[Mapping[str, Any]], said: Sequence[Any]) -> dict[str, Any]:
+def _row(
+    found: "Comparison", documents: Sequence[Mapping[str, Any]], said: Sequence[Any], scores: Sequence[Any]
+) -> dict[str, Any]:
     """A task's comparison with its examples."""
     by_id = [{row["id"]: row for row in rows} for rows in said]
+    scored = [{row["id"]: row["scores"].get(found.number) for row in rows} for rows in scores]
 
     def example(name: str) -> dict[str, Any]:
         first, second = (rows[name] for rows in by_id)
         answers = {"a": first["prediction"], "b": second["prediction"], "reference": first["references"].get("answer")}
-        return {"id": name, "prompt": first["prompt"], **answers}
+        return {
+            "id": name,
+            "prompt": first["prompt"],
+            **answers,
+            "score_a": scored[0][name],
+            "score_b": scored[1][name],
+        }
 
     return {
         "task": found.task,
@@ -209,7 +220,8 @@ def shown(document: Mapping[str, Any], examples: int) -> str:
         for which, word in (("won", "better"), ("lost", "worse")):
             for one in row[which][:examples]:
                 text += ["", f"{row['task']}: b is {word} on {one['id']}", f"  asked: {_short(one['prompt'])}"]
-                text += [f"  {name:9} {_short(one[name])}" for name in ("a", "b", "reference")]
+                text += [f"  {name} ({one[f'score_{name}']:g})".ljust(LABEL) + _short(one[name]) for name in ("a", "b")]
+                text.append("  reference".ljust(LABEL) + _short(one["reference"]))
     return "\n".join(text)
 
 

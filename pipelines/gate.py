@@ -68,6 +68,9 @@ def _below_minimum(document: Mapping[str, Any], gate: "GateConfig") -> list[str]
 def _worse(document: Mapping[str, Any], other: Mapping[str, Any], gate: "GateConfig") -> list[str]:
     """Of the paired test against another checkpoint."""
     a, b, task, name = other["checkpoint"], document["checkpoint"], document["task"], document["primary"]
+    for one in (document, other):
+        if name not in one["metrics"]:
+            return [f"{task}: no item of {one['checkpoint']} has the number {name}, which is to be compared"]
     mean, mean_of_a = (one["metrics"][name]["mean"] for one in (document, other))
     found = compare(_column(other), _column(document), document["confidence"])
     if -found.gain <= gate.most_loss or found.paired.p_value >= gate.p_value:

@@ -366,13 +366,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _act(action: str, options: Mapping[str, str], sources: Sequence[str]) -> None:
     if action == "list":
         names = checkpoints()
-        for folder in folders():
+        if not (found := folders()):
+            print(f"nothing has been answered yet: {predict.journals()} is empty")
+        for folder in found:
             print("\n".join(describe(folder, names.get(folder.path, []))))
     elif action == "show":
         if len(options) != 1:
             raise ConfigError("show wants task=NAME or key=START")
-        for text in show(options.get("task"), options.get("key")):
+        texts = list(show(options.get("task"), options.get("key")))
+        for text in texts:
             print(text)
+        if not texts:
+            print(f"no answer of {'='.join(*options.items())}; `python -m pipelines.journal` lists what there is")
     elif action == "prune":
         _prune(load_params(options.get("params", "params.yaml")), options)
     elif action == "merge":

@@ -85,7 +85,7 @@ def test_version_1_with_runs_or_two_models_is_refused() -> None:
         ("runs.sft.train.optim.vision.lr", 0.1, "lr"),
         ("models.base.vision.encodr", "clip", "encodr"),
         ("datasets.charts.famly", "charts", "famly"),
-        ("tasks.chart_qa.metrik", "x", "metrik"),
+        ("tasks.charts_qa.metrik", "x", "metrik"),
         ("runs.sft.mixture.scenes.rates", 1, "rates"),
         ("runs.sft.train.steps", "many", "steps"),
         ("runs.sft.train.steps", 2.5, "steps"),
@@ -112,7 +112,7 @@ def test_version_1_with_runs_or_two_models_is_refused() -> None:
         ("runs.sft.train.processes", 0, "processes"),
         ("datasets.charts.tolerance", 1.0, "tolerance"),
         ("datasets.charts.eval_fraction", -0.1, "eval_fraction"),
-        ("tasks.chart_qa.dataset", "nowhere", "nowhere"),
+        ("tasks.charts_qa.dataset", "nowhere", "nowhere"),
         ("eval.checkpoints", ["sft/step-000151"], "never saved"),
         ("eval.checkpoints", ["sft/300"], "step-"),
         ("eval.checkpoints", ["nowhere/step-000300"], "nowhere"),
@@ -136,7 +136,7 @@ def test_mistakes_are_refused_by_name(path: str, value: Any, named: str) -> None
 
 
 @pytest.mark.parametrize(
-    "path", ["runs.sft.train.steps", "runs.sft.model", "models.base.tokenizer", "tasks.chart_qa.metric"]
+    "path", ["runs.sft.train.steps", "runs.sft.model", "models.base.tokenizer", "tasks.charts_qa.metric"]
 )
 def test_what_is_required_is_asked_for(path: str) -> None:
     raw = shipped()

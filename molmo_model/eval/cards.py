@@ -108,6 +108,8 @@ def _answer(
 ) -> dict[str, Any]:
     """What one checkpoint said; facts that are as usual are left out."""
     found: dict[str, Any] = {"text": shorten(written(row["prediction"]), longest), "score": score["scores"].get(name)}
+    if "measured" in row:
+        found["measured"] = True
     if not score["parsed"]:
         found["unparsed"] = True
     if row["finish_reason"] == "length":

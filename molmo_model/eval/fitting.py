@@ -12,6 +12,7 @@ from molmo_model.data.shard_reader import ShardReader
 from molmo_model.errors import ConfigError, EvaluationError
 from molmo_model.eval import tasks
 from molmo_model.eval.metrics import METRICS, Metric
+from molmo_model.eval.slices import check_field
 
 LOOKED_AT = 50
 """Questions whose references are tried."""
@@ -25,6 +26,8 @@ def check_task(task: TaskConfig, name: str, reader: ShardReader) -> int:
         EvaluationError: the dataset has no such conversations, or a metric cannot read a reference.
     """
     table = {one: lookup(METRICS, one, f"metric of tasks.{name}") for one in (task.metric, *task.also)}
+    if twice := [one for one in table if [task.metric, *task.also].count(one) > 1]:
+        raise ConfigError(f"tasks.{name}: {', '.join(twice)} stands twice in metric and also; name each once")
     for one, metric in table.items():
         check_kind(task, name, one, metric)
     most = min(LOOKED_AT, task.max_examples or LOOKED_AT)
@@ -67,9 +70,10 @@ def try_reference(metric: Metric, metric_name: str, task: str, item: str, refere
 
 
 def check_slices(task: TaskConfig, name: str, references: list[dict[str, Any]]) -> None:
-    """Refuses slices by a field that none of the items has."""
+    """Refuses slices by a field that none of the items has, or by which every task is sliced anyway."""
     fields = {field for one in references for part in ("metadata", "example_metadata") for field in one.get(part) or {}}
     for field in task.slices:
+        check_field(field, name)
         if field not in fields:
             known = ", ".join(sorted(fields)) or "none"
             raise EvaluationError(f"tasks.{name}.slices: none of the first items has {field!r}; they have {known}")

@@ -222,7 +222,7 @@ def _task(task: TaskResult, shared: list[Any]) -> dict[str, Any]:
             for name in dict.fromkeys([*last["metrics"], task.item_score])
             for reading in [Reading.of(last, name)]
         },
-        "unbounded": task.item_reading.upper is None and not task.item_reading.lower_is_better,
+        "unbounded": task.item_reading.upper is None,
         "upper": task.item_reading.upper,
         "citation": last["citation"],
         "also": list(last.get("also") or ()),

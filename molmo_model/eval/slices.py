@@ -73,8 +73,7 @@ def slices(rows: Sequence[Row], fields: Sequence[str] = (), task: str = "<name>"
     for name, slicing in SLICINGS.items():
         yield from _of(name, [slicing.value(one) for one in facts], slicing.order)
     for name in fields:
-        if name in SLICINGS:
-            raise EvaluationError(f"tasks.{task}.slices: {name!r} is sliced by anyway; leave it out")
+        check_field(name, task)
         values = [_field(one, name) for one in facts]
         if all(value is None for value in values):
             known = sorted({field for one in facts for field in one.metadata})
@@ -82,6 +81,16 @@ def slices(rows: Sequence[Row], fields: Sequence[str] = (), task: str = "<name>"
                 f"tasks.{task}.slices: no item's metadata has {name!r}; they have {', '.join(known) or 'none'}"
             )
         yield from _of(name, values, ())
+
+
+def check_field(name: str, task: str) -> None:
+    """Refuses a field with the name of a slicing that every task has.
+
+    Raises:
+        EvaluationError: it has one.
+    """
+    if name in SLICINGS:
+        raise EvaluationError(f"tasks.{task}.slices: {name!r} is sliced by anyway; leave it out")
 
 
 def _of(name: str, values: Sequence[str | None], order: Sequence[str]) -> Iterator[Slice]:

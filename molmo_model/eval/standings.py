@@ -34,9 +34,9 @@ class Reading:
 
     def right(self, score: float | None) -> bool | None:
         """Whether an item's score is the best that there is; None where no score is, as of an unbounded number."""
-        if score is None or (self.upper is None and not self.lower_is_better):
+        if score is None or self.upper is None:
             return None
-        return score <= 0.0 if self.lower_is_better else score >= (self.upper or 0.0)
+        return score <= 0.0 if self.lower_is_better else score >= self.upper
 
     def shown(self, value: float) -> str:
         """In percent with one decimal, else with as many decimals as matter."""

@@ -1,5 +1,6 @@
 """Gates of tasks through Dagster and on the command line: what fails, what is stopped, what is left alone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from molmo_model.artifacts import read_manifest, write_manifest
 from molmo_model.config import GateConfig, Params
 from molmo_model.eval import predictions
 from pipelines import score, scorecard
+from pipelines.gate import findings
 from pipelines.stage import run
 from tests.assets.project import ROOT, Project, flow
 
@@ -124,6 +126,19 @@ def test_a_gate_against_another_checkpoint_uses_the_paired_test(answered: Projec
     assert says(params, "gate", worse)[0]
     gated(params, against=worse)
     assert says(params, "gate", better)[0]
+
+
+def test_a_gate_against_a_score_without_the_number_says_so(answered: Project) -> None:
+    params = answered.params
+    better, worse = params.eval.checkpoints
+    for checkpoint in (better, worse):
+        run(score.STAGE, params, checkpoint=checkpoint, task=TASK)
+    path = Path("artifacts/metrics") / better / TASK / "metrics.json"
+    document = json.loads(path.read_text(encoding="utf-8")) | {"metrics": {}}
+    path.unlink()
+    path.write_text(json.dumps(document), encoding="utf-8")
+    words = f"{TASK}: no item of {better} has the number exact_match, which is to be compared"
+    assert findings(gated(params, against=better), worse, TASK) == [words]
 
 
 def test_a_warning_gate_blocks_nothing(answered: Project) -> None:

@@ -171,7 +171,7 @@ def test_cells_outside_of_the_grid_of_dvc_can_be_made(project: Project) -> None:
     """`eval.checkpoints` does not name every checkpoint; Dagster evaluates the others all the same."""
     project.produce("models", "shards", "mixture", "training_run")
     project.sync()
-    outside = f"{project.unasked[0]}|chart_qa"
+    outside = f"{project.unasked[0]}|charts_qa"
     materialize(project, "predictions", outside)
     materialize(project, "metrics", outside)
     assert stale(project) == {}

@@ -281,3 +281,30 @@ def test_temp_compass_matches_by_the_published_rules(task, said, answer, right):
     score = METRICS["temp_compass"].score(said, references)
     assert score.values == dict.fromkeys(("temp_compass", task.replace("-", "_")), float(bool(right)))
     assert score.parsed is (right is not None)
+
+
+@pytest.mark.parametrize("name", ["muir_bench", "em_start", "video_mme", "mmmu"])
+def test_readings_of_letters_refuse_choices_without_them(name):
+    references = {"answer": "a dog", "metadata": {"options": ["a cat", "a dog"], "answer_index": 1}}
+    with pytest.raises(EvaluationError, match="reads letters; use multiple_choice"):
+        METRICS[name].score("a dog", references)
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("The answer is (A) or (B).", 0.0), ("The answer is (A)/(B)", 0.0), ("The answer is (A), not (B)", 1.0)],
+)
+def test_two_letters_that_are_called_the_answer_are_none(said, right):
+    references = {"answer": "A", "metadata": {"options": ["red", "green"], "answer_index": 0}}
+    score = METRICS["multiple_choice"].score(said, references)
+    assert (score.values["accuracy"], score.parsed) == (right, bool(right))
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("The answer is 2.", 1.0), ("So the answer is: -2", 0.0), ("It is 2 and not 3.", 0.0), ("2", 1.0)],
+)
+def test_a_short_text_that_is_called_the_answer_is_read(said, right):
+    references = {"answer": "B", "metadata": {"options": ["1", "2", "3"], "answer_index": 1, "answer": "2"}}
+    assert METRICS["multiple_choice"].score(said, references).values["accuracy"] == right
+    assert METRICS["mathvista"].score(said, references).values["mathvista"] == right

@@ -50,6 +50,8 @@ def test_the_command_compares_all_tasks_without_torch(workspace):
         assert row["task"] in done.stdout
     assert f"a = {A}" in done.stdout
     won = next(row["won"][0] for row in document["tasks"] if row["won"])
+    assert won["score_b"] > won["score_a"]
+    assert f"  b ({won['score_b']:g}) " in done.stdout
     assert f"b is better on {won['id']}" in done.stdout
     assert json.dumps(won["b"], ensure_ascii=False)[:20] in done.stdout
 
@@ -84,6 +86,7 @@ def test_answers_cannot_write_to_the_terminal(workspace):
     document = compare.compared(A, B, ["scene_qa"])
     document["tasks"][0]["won"] = [
         {"id": "i", "prompt": "p", "a": "\x1b[2J\u202e\n", "b": "x" * 500, "reference": None}
+        | {"score_a": 0.0, "score_b": 1.0}
     ]
     text = compare.shown(document, 1)
     assert all(letter.isprintable() or letter == "\n" for letter in text)

@@ -94,3 +94,8 @@ def test_references_as_points_are_counted_and_texts_refused():
     assert METRICS["count"].score("There are none.", {"answer": "", "points": []}).values["correct_0"] == 1.0
     with pytest.raises(EvaluationError, match="not a count"):
         METRICS["point_count"].score("3", {"answer": "a dog"})
+
+
+def test_thousands_of_digits_are_no_count():
+    score = METRICS["count"].score("9" * 5000, {"answer": "7"})
+    assert (score.values["correct"], score.parsed) == (0.0, False)

@@ -73,6 +73,8 @@ def test_what_made_an_answer_is_shown_per_row(capsys):
     said = capsys.readouterr().out
     assert said.index('"text": "one"') < said.index('"text": "newer"')
     assert '"counts": "replaced"' in said and '"counts": "counts"' in said
+    journal.main(["show", "task=qq"])
+    assert "no answer of task=qq" in capsys.readouterr().out
 
 
 def test_pruning_says_first_what_it_would_do(capsys):

@@ -136,3 +136,9 @@ def test_the_judge_is_asked_only_for_what_is_no_answer_as_it_stands():
     assert scores[4].read == "14 (read by rules: the judge gave no answer)"
     assert metric.judged
     assert metric.score("There are fourteen.", number("14")).parsed is False  # the rules alone read no words
+
+
+@pytest.mark.parametrize("metadata", [{}, {"options": ["a", "b"], "answer_index": 1}])
+def test_answers_of_no_kind_are_refused(metadata):
+    with pytest.raises(EvaluationError, match="choose another metric"):
+        METRICS["mathvista"].score("green", {"answer": "green", "metadata": metadata})

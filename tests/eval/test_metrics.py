@@ -245,13 +245,19 @@ def test_anls_takes_the_best_accepted_answer():
 def test_the_order_of_accepted_answers_does_not_matter(name):
     rng = random.Random(name)
     for _ in range(40):
-        answers = rng.choices(["dog", "Dog", "a dog", "2", "two", "12.5", "0", "cat.", "5%"], k=rng.randint(1, 10))
+        answers = rng.choices(["dog", "Dog", "a dog", "2", "two", "12.5", "0", "cat.", "5%"], k=rng.randint(2, 10))
         said = rng.choice([*answers, "dogs", "12", "none", "0.05", ""])
         scores = [
             METRICS[name].score(said, {"metadata": {"answers": order}})
             for order in (answers, answers[::-1], sorted(answers))
         ]
         assert scores[0] == scores[1] == scores[2]
+
+
+@pytest.mark.parametrize("name", ["vqa_accuracy", "a_okvqa"])
+def test_agreement_of_one_person_is_refused(name):
+    with pytest.raises(EvaluationError, match="how many people agree"):
+        METRICS[name].score("dog", {"answer": "dog", "metadata": {}})
 
 
 # --- grids

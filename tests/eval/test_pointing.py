@@ -200,6 +200,16 @@ def test_where_there_is_nothing_any_answer_without_points_is_right_but_counted()
         assert scores(text, nothing).values["f1"] == 0.0
 
 
+def test_a_reference_in_words_is_not_nothing_to_point_at():
+    words = {**REFERENCES, "points": None, "answer": "42"}
+    with pytest.raises(EvaluationError, match="'42' is no points"):
+        scores("42", words)
+    tagged = {**words, "answer": points_to_text([(10.0, 10.0)], "cat")}
+    assert scores(points_to_text([(10.0, 11.0)], "cat"), tagged).values["f1"] == 1.0
+    assert scores("no cat", tagged).values["f1"] == 0.0
+    assert scores("no cat", {**words, "answer": NO_POINTS}).values["f1"] == 1.0
+
+
 def test_points_in_region_wants_every_point_inside():
     score = METRICS["points_in_region"].score
     plane = np.zeros((10, 20), dtype=bool)
@@ -218,3 +228,9 @@ def test_points_in_region_wants_every_point_inside():
     assert score(points_to_text([(55.0, 60.0)], "a"), boxed).values["first_inside"] == 1.0
     with pytest.raises(EvaluationError, match="neither masks, boxes nor points"):
         score(points_to_text([inside], "a"), {**references, "metadata": {}})
+
+
+@pytest.mark.parametrize("name", ["pointing", "points_in_region"])
+def test_a_reference_in_words_is_refused_not_taken_for_nothing_to_point_at(name):
+    with pytest.raises(EvaluationError, match="choose another metric"):
+        METRICS[name].score("Green.", {"answer": "Green.", "points": None, "width": 10, "height": 10})

@@ -411,6 +411,7 @@ def test_numbers_without_a_largest_value_are_shown_as_they_are(tmp_path):
     (pair,) = json.loads((tmp_path / "report.json").read_text())["comparisons"]
     assert pair["difference"] == pytest.approx(-0.75) and (pair["wins"], pair["losses"]) == (30, 0)
     assert [task.scores[1][index] for index in report_data.choose(task, 9)][:2] == [3.0, 3.0]  # the worst come first
+    assert task.item_reading.right(0.5) is None  # no loss is right or wrong
 
 
 def test_groups_average_what_can_be_averaged():

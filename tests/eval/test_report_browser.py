@@ -209,6 +209,9 @@ def test_a_phone_scrolls_in_one_direction(visit, report):
     assert page.evaluate(
         "(() => { const p = document.getElementById('panel'); return p.scrollWidth <= p.clientWidth; })()"
     )
+    page = visit(report, "#examples", is_mobile=True, has_touch=True, viewport={"width": 390, "height": 844})
+    page.wait_for_timeout(200)
+    assert 0 <= page.evaluate("document.getElementById('examples').getBoundingClientRect().top") < 80
 
 
 def test_everything_can_be_reached_by_keyboard(visit, report):

@@ -101,6 +101,11 @@ def test_an_own_task_is_checked_against_its_first_references(own):
     ({"kind": "loss"}, r"no answers for metric 'exact_match'; use loss"),
     ({"styles": ["fre"]}, r"no conversation of style fre; its styles are free, pick|no conversation of style fre"),
     ({"slices": ["colour"]}, r"my_task\.slices.*'colour'.*answer_index"),
+    ({"slices": ["answer_type"]}, r"my_task\.slices: 'answer_type' is sliced by anyway"),
+    ({"also": ["exact_match"]}, r"my_task: exact_match stands twice"),
+    ({"metric": "pointing"}, r"'pointing' does not fit.*is no points"),
+    ({"metric": "points_in_region"}, r"'points_in_region' does not fit.*neither masks"),
+    ({"metric": "vqa_accuracy"}, r"'vqa_accuracy' does not fit.*how many people agree"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(own, changes, message):
     with pytest.raises(MolmoError, match=message):

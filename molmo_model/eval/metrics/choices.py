@@ -80,14 +80,31 @@ def choices_of(references: References) -> Choices:
     return Choices(tuple(options), right, lettered)
 
 
+def lettered_choices_of(references: References) -> Choices:
+    """As `choices_of`, for readings that know letters alone.
+
+    Raises:
+        EvaluationError: the choices are called by their texts, which such a reading would never find right.
+    """
+    choices = choices_of(references)
+    if not choices.lettered:
+        raise EvaluationError(
+            f"the reference answer is the text {references.get('answer')!r}, and this metric reads letters; use "
+            "multiple_choice"
+        )
+    return choices
+
+
 # --- readings
 
 _MARKED = re.compile(r"[(\[]?([A-Za-z])(?:[)\].:]+|\s+-)(?:\s+(.*))?\Z", re.DOTALL)
 """A letter with a mark, and what follows it: `B.`, `(B) a cat`, `B: a cat`, `B - a cat`."""
 _CONCLUDED = re.compile(
     r"\b(?i:answer|option|choice)\b(?i:\s+letter)?(?i:\s+is)?\W*(?:\(([A-Z])\)|\b([A-Z])(?=[.):]\s|\W*\Z))"
+    r"(?!\W*(?:or|and|/)\W*[A-Z]\b)"
 )
-"""`the answer is (B)`, `the correct option is B.`"""
+"""`the answer is (B)`, `the correct option is B.`; not `the answer is (A) or (B)`."""
+_ANSWER_IS = re.compile(r"\b(?:answer|option|choice)(?:\s+is\b|\s*:)[\s:]*", re.IGNORECASE)
 _BRACKETED = re.compile(r"\(([A-Z])\)")
 _WORD = re.compile(r"[-+]?\d+(?:[.,]\d+)*%?|\w+")
 _UNCLEAR = -1
@@ -98,8 +115,9 @@ def read_choice(prediction: str, choices: Choices) -> int | None:
 
     In this order. Of the short answer, then of the last line: a letter alone; the text of a choice; a letter with a
     mark, which is unclear before another choice; a letter and the text that belongs to it. Of the whole:
-    the last letter that is called the answer (`the answer is B`), or the only one in brackets; the only choice whose
-    text stands in the answer, as whole words, or the only one in whose text the answer stands.
+    the last letter that is called the answer (`the answer is B`), or the only one in brackets; the choice whose text is
+    all that is called the answer (`the answer is 2.`); the only choice whose text stands in the answer, as whole words,
+    or the only one in whose text the answer stands.
     """
     said = short_answer(prediction)
     lines = (said, " ".join(prediction.strip().rpartition("\n")[2].split())) if "\n" in prediction else (said,)
@@ -108,6 +126,8 @@ def read_choice(prediction: str, choices: Choices) -> int | None:
             return None if place == _UNCLEAR else place
     if choices.lettered and (letters := _concluded(prediction)):
         return choices.place(letters[-1])
+    if (place := _concluded_text(prediction, choices.options)) is not None:
+        return place
     return _mentioned(prediction if len(lines) > 1 else said, choices.options)
 
 
@@ -116,6 +136,14 @@ def _concluded(text: str) -> list[str]:
     concluded = ["".join(letters) for letters in _CONCLUDED.findall(text)]
     bracketed = set(_BRACKETED.findall(text))
     return concluded or (list(bracketed) if len(bracketed) == 1 else [])
+
+
+def _concluded_text(text: str, options: Sequence[str]) -> int | None:
+    """The choice whose text is what follows the last `answer is`; a number is too short to be looked for elsewhere."""
+    *before, tail = _ANSWER_IS.split(text)
+    tail = tail.strip().rstrip(".!").lower()
+    texts = [option.strip().lower() for option in options]
+    return texts.index(tail) if before and tail and tail in texts else None
 
 
 def _said(line: str, choices: Choices) -> int | None:

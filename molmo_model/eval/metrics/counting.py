@@ -12,14 +12,21 @@ from molmo_model.preprocessing.structured import parse_count
 
 def count(prediction: str, references: References) -> Score:
     """The number said; an answer that only points is counted by its points."""
-    said = parse_count(prediction)
+    said = _number(prediction)
     return _scored(said if said is not None else _points(prediction), references)
 
 
 def point_count(prediction: str, references: References) -> Score:
     """The points set, whatever number stands beside them; an answer without points is read as `count` reads it."""
     points = _points(prediction)
-    return _scored(points if points is not None else parse_count(prediction), references)
+    return _scored(points if points is not None else _number(prediction), references)
+
+
+def _number(prediction: str) -> int | None:
+    try:
+        return parse_count(prediction)
+    except ValueError:  # thousands of digits, which Python refuses to read: no count
+        return None
 
 
 def _points(prediction: str) -> int | None:

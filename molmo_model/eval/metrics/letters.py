@@ -15,7 +15,7 @@ from molmo_model.eval.metrics.choices import (
     Choices,
     Extraction,
     choice_score,
-    choices_of,
+    lettered_choices_of,
 )
 from molmo_model.eval.metrics.metric import Metric, Output, References, Score
 
@@ -232,7 +232,7 @@ def _metric(readings: Sequence[str], citation: str) -> Metric:
     extractions: Mapping[str, Extraction] = {name: READINGS[name] for name in readings}
 
     def score(prediction: str, references: References) -> Score:
-        return choice_score(prediction, choices_of(references), extractions, primary)
+        return choice_score(prediction, lettered_choices_of(references), extractions, primary)
 
     score.__doc__ = f"`accuracy` and the readings {', '.join(readings)}."
     outputs = {name: Output(_OUTPUTS[name]) for name in readings} | {"accuracy": ACCURACY}
@@ -242,7 +242,7 @@ def _metric(readings: Sequence[str], citation: str) -> Metric:
 def video_mme_score(prediction: str, references: References) -> Score:
     """Video-MME's reading with the answers without a letter, and without them."""
     readings = {"video_mme": video_mme, "lmms_eval": lmms_eval}
-    score = choice_score(prediction, choices_of(references), readings, "video_mme")
+    score = choice_score(prediction, lettered_choices_of(references), readings, "video_mme")
     answered = {"answered_only": score.values["video_mme"]} if score.parsed else {}
     return Score(score.values | answered, score.parsed, read=score.read)
 

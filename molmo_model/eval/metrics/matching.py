@@ -14,7 +14,7 @@ from typing import Any
 
 from molmo_model.errors import EvaluationError
 from molmo_model.eval.metrics.masks import contains
-from molmo_model.preprocessing.points import Point
+from molmo_model.preprocessing.points import Point, parse_exact
 
 FALLBACK_RADIUS = 5.0
 """Percent of the longer side around a target point that counts as hit, where the data give no mask, box or radius."""
@@ -24,9 +24,9 @@ def score(predicted: Sequence[Point], references: Mapping[str, Any]) -> tuple[fl
     """Precision, recall and F1 of predicted points in percent; without targets all are 1 iff nothing is predicted.
 
     Raises:
-        EvaluationError: there are masks or boxes, but not one for each target.
+        EvaluationError: the reference answer is no points, or there are masks or boxes, but not one for each target.
     """
-    targets: Sequence[Point] = references["points"] or ()
+    targets = targets_of(references)
     if not targets or not predicted:
         right = float(not targets and not predicted)
         return right, right, right
@@ -38,6 +38,20 @@ def score(predicted: Sequence[Point], references: Mapping[str, Any]) -> tuple[fl
     hits = sum(_inside(points[i], goals[j], j, references) for i, j in pairs)
     precision, recall = hits / len(points), hits / len(goals)
     return precision, recall, 2 * precision * recall / (precision + recall) if hits else 0.0
+
+
+def targets_of(references: Mapping[str, Any]) -> Sequence[Point]:
+    """The points of the reference answer; the empty sequence where there is nothing to point at.
+
+    Raises:
+        EvaluationError: the reference answer is no points at all, which is not the same.
+    """
+    targets: Sequence[Point] | None = references.get("points")
+    if targets is None:  # a text may still be a tag of points, or say that there are none
+        targets = parse_exact(references.get("answer") or "")
+    if targets is None:
+        raise EvaluationError(f"the reference answer {references.get('answer')!r} is no points; choose another metric")
+    return targets
 
 
 def _inside(point: Point, goal: Point, number: int, references: Mapping[str, Any]) -> bool:
@@ -59,6 +73,7 @@ def in_any_region(point: Point, references: Mapping[str, Any]) -> bool:
     Raises:
         EvaluationError: the references have no region at all.
     """
+    require_any_region(references)
     metadata = references.get("metadata", {})
     if masks := metadata.get("masks"):
         return any(
@@ -69,10 +84,15 @@ def in_any_region(point: Point, references: Mapping[str, Any]) -> bool:
         return any(box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3] for box in boxes)
     width, height = references["width"], references["height"]
     place = (point[0] / 100 * width, point[1] / 100 * height)
-    if not (targets := references.get("points")):
-        raise EvaluationError("the references have neither masks, boxes nor points; choose another metric")
-    goals = [(x / 100 * width, y / 100 * height) for x, y in targets]
+    goals = [(x / 100 * width, y / 100 * height) for x, y in targets_of(references)]
     return any(_inside(place, goal, number, references) for number, goal in enumerate(goals))
+
+
+def require_any_region(references: Mapping[str, Any]) -> None:
+    """Refuses references without masks, boxes and points."""
+    metadata = references.get("metadata", {})
+    if not (metadata.get("masks") or metadata.get("boxes") or references.get("points")):
+        raise EvaluationError("the references have neither masks, boxes nor points; choose another metric")
 
 
 def _require_regions(targets: Sequence[Point], metadata: Mapping[str, Any]) -> None:

@@ -45,8 +45,20 @@ def _scored(extraction: str, response: str, references: References, note: str = 
 
 
 def _answer(references: References) -> str:
+    """The right answer, a choice by its text.
+
+    Raises:
+        EvaluationError: the metadata do not say of what kind it is, so that nothing could be read as it.
+    """
     metadata = references.get("metadata", {})
-    return str(metadata["answer"]) if "options" in metadata else answers_of(references)[0]
+    if "options" in metadata and "answer" in metadata:
+        return str(metadata["answer"])
+    if "options" in metadata or metadata.get("answer_type") is None:
+        raise EvaluationError(
+            "this metric reads `options` with the text of the right one as `answer`, or an `answer_type` (integer, "
+            "float with `precision`, list), in the metadata; choose another metric"
+        )
+    return answers_of(references)[0]
 
 
 def at_once(response: str, references: References) -> str | None:

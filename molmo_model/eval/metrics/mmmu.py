@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from string import ascii_uppercase as LETTERS
 
 from molmo_model.eval.metrics.answers import answers_of, most_frequent
-from molmo_model.eval.metrics.choices import choices_of, read_choice
+from molmo_model.eval.metrics.choices import lettered_choices_of, read_choice
 from molmo_model.eval.metrics.letters import parse_letter
 from molmo_model.eval.metrics.metric import Metric, Output, References, Score
 
@@ -40,7 +40,7 @@ def mmmu(prediction: str, references: References) -> Score:
     """Right or wrong as the official evaluation says, by kind of question and by discipline."""
     metadata = references.get("metadata", {})
     if "options" in metadata:
-        choices = choices_of(references)
+        choices = lettered_choices_of(references)
         place = parse_letter(prediction.strip(), choices.options)
         right, parsed = place == choices.right, place is not None
         read = None if place is None else LETTERS[place]

@@ -12,10 +12,13 @@ def point_f1(prediction: str, references: References) -> Score:
     """Precision, recall and F1 of points inside their targets' regions; see `matching`.
 
     Where there is nothing to point at, an answer without points is right, whatever its words.
+
+    Raises:
+        EvaluationError: the reference answer is no points.
     """
     predicted = parse_exact(prediction)
     valid = float(predicted is not None)
-    if predicted is None and not references["points"]:
+    if predicted is None and not matching.targets_of(references):
         reading = read_points(prediction)
         right = float(not (reading.points or reading.outside or reading.malformed))
         return Score({"f1": right, "precision": right, "recall": right, "valid": valid}, parsed=False)
@@ -25,6 +28,7 @@ def point_f1(prediction: str, references: References) -> Score:
 
 def points_in_region(prediction: str, references: References) -> Score:
     """1 if there are points and every one of them lies in one of the targets' regions, and shares of it."""
+    matching.require_any_region(references)
     reading = read_points(prediction)
     inside = [matching.in_any_region((point.x, point.y), references) for point in reading.points]
     inside += [False] * reading.outside

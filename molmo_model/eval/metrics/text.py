@@ -1,5 +1,6 @@
 """Short text answers: equal, nearly equal, as several people answered."""
 
+from molmo_model.errors import EvaluationError
 from molmo_model.eval.metrics import vqa
 from molmo_model.eval.metrics.answers import (
     MOST_FREQUENT,
@@ -25,14 +26,29 @@ def _exact(answer: str, accepted: list[str]) -> float:
 
 def vqa_accuracy(prediction: str, references: References) -> Score:
     """VQA accuracy, official (leave one annotator out) and Molmo's variant, side by side."""
-    answer, accepted = short_answer(prediction), answers_of(references)
+    answer, accepted = short_answer(prediction), _votes(references)
     return Score({"vqa_official": vqa.official(answer, accepted), "vqa_molmo": vqa.molmo(answer, accepted)})
+
+
+def _votes(references: References) -> list[str]:
+    """The answers of several people, of whom three must agree for a full score.
+
+    Raises:
+        EvaluationError: there is one answer, with which the right one would score 0, or a third.
+    """
+    votes = answers_of(references)
+    if len(votes) == 1:
+        raise EvaluationError(
+            f"the only reference answer is {votes[0]!r}; this metric counts how many people agree and needs all of "
+            "theirs in `metadata.answers`; use exact_match or anls"
+        )
+    return votes
 
 
 def a_okvqa(prediction: str, references: References) -> Score:
     """A third for every annotator who gave this answer, case and outer spaces aside; at most 1."""
     answer = short_answer(prediction).lower()
-    matches = sum(answer == accepted.strip().lower() for accepted in answers_of(references))
+    matches = sum(answer == accepted.strip().lower() for accepted in _votes(references))
     return Score({"a_okvqa": min(1.0, matches / 3)})
 
 

@@ -140,7 +140,7 @@ function slices(task) {
     last = one.by;
     const known = one.results.find((result) => result);
     return [...head, make("tr", {}, rowHead(text(one.value)), make("td", {}, known ? known[3] : 0), one.results.map((result) =>
-      make("td", {}, result ? [number(result[0], percent), sub(bounds(result[1], result[2], percent)), bar(result[1], result[0], result[2], widest)] : "–"))) ];
+      make("td", {}, result ? [number(result[0], percent), sub(bounds(result[1], result[2], percent), result[3] === known[3] ? "" : ` · n = ${result[3]}`), bar(result[1], result[0], result[2], widest)] : "–"))) ];
   });
   return make("div", {}, make("h3", {}, "Slices ", sub(about.primary)),
     scroll(`Slices of ${about.name}`, table({class: "slices"}, [column("Slice"), column("n"), data.checkpoints.map((_, index) => column(title(index)))], rows)));
@@ -320,7 +320,7 @@ function answerRow(card, checkpoint) {
   const said = card.answers[checkpoint];
   const off = checkpoint === chosen() ? "answer" : "answer off";
   return [make("dt", {class: off}, title(checkpoint), " ", chip(card.task, said.score)),
-    make("dd", {class: off}, said.text === "" ? make("em", {}, "nothing") : marked(said.text, card.reference),
+    make("dd", {class: off}, said.text === "" ? make("em", {}, said.measured ? "measured" : "nothing") : marked(said.text, card.reference),
       said.read !== undefined && said.read !== said.text && make("span", {class: "tag"}, "read as ", text(said.read)),
       said.cut && make("span", {class: "tag warn"}, "cut off"), said.unparsed && make("span", {class: "tag warn"}, "unparsed"))];
 }
