@@ -51,9 +51,12 @@ def find(codes: Iterable[str], most: int = MOST, root: Path = ROOT) -> dict[str,
     Raises:
         ConfigError: there is no git repository.
     """
+    from tqdm import tqdm
+
     wanted, found = set(codes), dict[str, Commit]()
     own = {source_digest(f"pipelines.{path.stem}") for path in (root / "pipelines").glob("*.py")}
-    for number, commit in enumerate(_commits(most, root)):
+    commits = tqdm(list(_commits(most, root)), desc="looking for the code in past commits", unit="commit", leave=False)
+    for number, commit in enumerate(commits):
         if not (missing := wanted - found.keys()):
             break
         found |= {code: Commit(commit) for code in _among(missing, _digests(commit, root))}

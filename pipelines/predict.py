@@ -281,7 +281,9 @@ def _shared(params: "Params", journal: "Journal") -> "Iterator[Any]":
         yield lambda: None
         return
     from molmo_model.eval.shared_journal import publishing
+    from molmo_model.storage import scheme_of
 
+    scheme_of(params.runtime.journal)  # a place that cannot be is refused; one that fails is told, and lived without
     with publishing(params.runtime.journal, journal, lambda text: print(f"predict: journal: {text}")) as fetch:
         yield fetch
 

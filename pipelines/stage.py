@@ -11,7 +11,6 @@ every other verification that a person asks for, reads every file.
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import shutil
@@ -183,7 +182,7 @@ def run_all(stage: Stage, params: Any, key: Key, overwrite: bool = False) -> lis
     """
     chosen = [full for full in stage.partitions(params) if all(full[name] == value for name, value in key.items())]
     if not chosen:
-        raise ConfigError(f"{stage.name}: params name no partition with {dict(key)}; known: {stage.partitions(params)}")
+        raise _no_such(stage, params, key)
     if overwrite:
         _mark(stage, params, chosen)
     return [(full, run(stage, params, **full)) for full in chosen]
@@ -209,9 +208,20 @@ def check_key(stage: Stage, params: Any, key: Key) -> dict[str, str]:
     if set(key) != set(stage.keys):
         raise ConfigError(f"{stage.name} is keyed by {', '.join(stage.keys) or 'nothing'}; got {key}")
     if key not in stage.partitions(params):
-        known = itertools.islice(stage.partitions(params), 20)
-        raise ConfigError(f"{stage.name}: the params name no {key}; known: {list(known)}")
+        raise _no_such(stage, params, key)
     return key
+
+
+def _no_such(stage: Stage, params: Any, key: Key) -> ConfigError:
+    """What is wrong with a key that the params do not name: the first part of it that nothing has."""
+    from molmo_model.lookup import suggest
+
+    partitions = stage.partitions(params)
+    for name, value in key.items():
+        names = dict.fromkeys(one[name] for one in partitions)
+        if value not in names:
+            return ConfigError(f"{stage.name}: the params name no {name} {value!r}; {suggest(value, names)}")
+    return ConfigError(f"{stage.name}: the params name each part of {dict(key)}, but not together")
 
 
 def state_root() -> Path:

@@ -269,6 +269,11 @@ def test_unknown_keys_are_refused(key: dict[str, str]) -> None:
     assert not Path("artifacts").exists()
 
 
+def test_a_mistyped_key_gets_the_right_one() -> None:
+    with pytest.raises(ConfigError, match=r"fake: the params name no run 'tow'; did you mean 'two'\? known: one, two"):
+        run_all(STAGE, make_params(), {"run": "tow"})
+
+
 def test_state_directory_can_lie_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOLMO_STATE_DIR", str(tmp_path / "elsewhere"))
     first = run(STAGE, make_params(), **KEY)
