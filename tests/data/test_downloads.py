@@ -303,7 +303,7 @@ CHILD = "import sys; from pipelines.download import main; main(sys.argv[1:], loo
 def test_a_run_that_is_stopped_asks_only_for_the_rest(site, workspace, capsys, kind):
     count, at_once = 120, 4
     site.replies = {
-        f"/{n}": after(0.03, answer(picture(n).data if n % 5 else b"", 200 if n % 5 else 404)) for n in range(count)
+        f"/{n}": after(0.1, answer(picture(n).data if n % 5 else b"", 200 if n % 5 else 404)) for n in range(count)
     }
     write_urls(site.url(f"/{n}") for n in range(count))
     arguments = [sys.executable, "-c", CHILD, "dataset=photos", "urls=urls.txt", f"per_host={at_once}"]

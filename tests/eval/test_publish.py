@@ -12,8 +12,7 @@ from molmo_model.eval.report import COMMITS
 from molmo_model.source_digest import ROOT, source_digest
 from pipelines import commits, publish, report
 from pipelines.stage import run
-
-pytest_plugins = ("tests.storage.conftest",)
+from tests.storage.conftest import s3_environment, s3_server  # noqa: F401
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def without_history(monkeypatch):
     )
 
 
-def test_the_report_is_published_to_a_bucket(workspace, settings, s3_environment, without_history):
+def test_the_report_is_published_to_a_bucket(workspace, settings, s3_environment, without_history):  # noqa: F811
     import s3fs
 
     workspace()
