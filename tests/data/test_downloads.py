@@ -298,6 +298,13 @@ def test_a_newer_list_goes_before_the_journal_of_an_older_one(site, workspace, m
 CHILD = "import sys; from pipelines.download import main; main(sys.argv[1:], loopback=True)"
 
 
+def plain_signals():
+    """As a shell starts a program: a test runner's worker may ignore or block what it hands down."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_stopped_asks_only_for_the_rest(site, workspace, capsys, kind):
@@ -308,7 +315,7 @@ def test_a_run_that_is_stopped_asks_only_for_the_rest(site, workspace, capsys, k
     write_urls(site.url(f"/{n}") for n in range(count))
     arguments = [sys.executable, "-c", CHILD, "dataset=photos", "urls=urls.txt", f"per_host={at_once}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=plain_signals)
     try:
         deadline = time.monotonic() + 60
         while sum(site.asked.values()) < 40 and time.monotonic() < deadline:
