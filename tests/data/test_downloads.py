@@ -298,11 +298,10 @@ def test_a_newer_list_goes_before_the_journal_of_an_older_one(site, workspace, m
 CHILD = "import sys; from pipelines.download import main; main(sys.argv[1:], loopback=True)"
 
 
-def plain_signals():
-    """As a shell starts a program: a test runner's worker may ignore or block what it hands down."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+PLAIN_SIGNALS = (
+    "import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL); signal.pthread_sigmask(signal.SIG_SETMASK, []);"
+)
+"""As a shell starts a program: a test runner's worker may ignore or block what it hands down."""
 
 
 @pytest.mark.slow
@@ -313,9 +312,10 @@ def test_a_run_that_is_stopped_asks_only_for_the_rest(site, workspace, capsys, k
         f"/{n}": after(0.1, answer(picture(n).data if n % 5 else b"", 200 if n % 5 else 404)) for n in range(count)
     }
     write_urls(site.url(f"/{n}") for n in range(count))
-    arguments = [sys.executable, "-c", CHILD, "dataset=photos", "urls=urls.txt", f"per_host={at_once}"]
+    arguments = [sys.executable, "-c", PLAIN_SIGNALS + CHILD, "dataset=photos", "urls=urls.txt"]
+    arguments.append(f"per_host={at_once}")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=plain_signals)
+    child = subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
         while sum(site.asked.values()) < 40 and time.monotonic() < deadline:
